@@ -1,0 +1,103 @@
+"""Find subnetworks: learn a binary mask over a frozen network's weights, and say what the mask means.
+
+``import sublens as sl`` loads nothing heavy: each public name is imported from its room when it is first used, so that
+the command line can answer ``--help`` without loading torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from sublens.errors import (
+    BatchError,
+    CutGraphError,
+    FileError,
+    MismatchError,
+    NonFiniteError,
+    SelectionError,
+    SettingError,
+    StudyError,
+    SublensError,
+)
+
+if TYPE_CHECKING:
+    from sublens.diagnosis import Diagnosis, Finding, diagnose
+    from sublens.fit import Run, fit
+    from sublens.gates import Gate, GumbelSigmoid
+    from sublens.inspection import inspect
+    from sublens.mask import Mask, fingerprint
+    from sublens.masked_network import MaskedNetwork
+    from sublens.selection import select
+    from sublens.study import Study, Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchError",
+    "CutGraphError",
+    "Diagnosis",
+    "FileError",
+    "Finding",
+    "Gate",
+    "GumbelSigmoid",
+    "Mask",
+    "MaskedNetwork",
+    "MismatchError",
+    "NonFiniteError",
+    "Run",
+    "SelectionError",
+    "SettingError",
+    "Study",
+    "StudyError",
+    "SublensError",
+    "Task",
+    "diagnose",
+    "fingerprint",
+    "fit",
+    "inspect",
+    "select",
+]
+
+_ROOM_OF = {
+    "Diagnosis": "diagnosis",
+    "Finding": "diagnosis",
+    "Gate": "gates",
+    "GumbelSigmoid": "gates",
+    "Mask": "mask",
+    "MaskedNetwork": "masked_network",
+    "Run": "fit",
+    "Study": "study",
+    "Task": "study",
+    "diagnose": "diagnosis",
+    "fingerprint": "mask",
+    "fit": "fit",
+    "inspect": "inspection",
+    "select": "selection",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'sublens' has no attribute '{name}'")
+    value = getattr(import_module(f"sublens.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """This package, in which ``sublens.fit`` is the function, also after something has imported the room of that name.
+
+    Importing a submodule binds it in its package under its own name, which would put the room in the function's place.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _ROOM_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
