@@ -1,0 +1,146 @@
+"""The built-in studies, and how a study is found: by its name, or in a Python file of the user's own.
+
+Listing them imports neither torch nor the studies themselves.
+"""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from sublens.errors import StudyError, SublensError
+from sublens.study import Study
+
+# name -> (module, function, description)
+_BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
+    {
+        "add-mul": (
+            "sublens.studies.add_mul",
+            "study",
+            "Addition and multiplication modulo 100 in one feed-forward network: do they use different weights?",
+        ),
+        "add-mul-lstm": (
+            "sublens.studies.add_mul",
+            "recurrent",
+            "The same in a recurrent network (LSTM) that is shown the problem for three steps.",
+        ),
+    }
+)
+
+
+def names() -> list[str]:
+    """Return the names of the built-in studies."""
+    return list(_BUILT_IN)
+
+
+def descriptions() -> dict[str, str]:
+    """Return one line on each built-in study."""
+    return {name: description for name, (_, _, description) in _BUILT_IN.items()}
+
+
+def load(name_or_path: str | Path, *, preset: str | None = None, **settings: Any) -> Study:
+    """Return a built-in study, or the one that a Python file defines by its function ``study()``.
+
+    Args:
+        name_or_path: a name out of :func:`names`, or the path of a Python file. The file is executed.
+        preset: handed to the study's function; ``None`` leaves the function its own default.
+        settings: handed to the study's function, for example ``widths=(800, 800, 800, 800)``.
+
+    Raises:
+        StudyError: no such study or file (near misses are named); the file does not run (its line is named) or defines
+            no ``study()``; the study has no such preset or setting.
+    """
+    text = str(name_or_path)
+    if text in _BUILT_IN:
+        module, function, _ = _BUILT_IN[text]
+        return _build(getattr(importlib.import_module(module), function), text, preset, settings)
+    path = Path(name_or_path)
+    if not path.is_file():
+        near = difflib.get_close_matches(text, _BUILT_IN, n=3, cutoff=0.4)
+        if path.suffix == ".py" and path.parent.is_dir():
+            near += difflib.get_close_matches(path.name, [p.name for p in sorted(path.parent.glob("*.py"))], n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise StudyError(
+            f"No study {text!r}: it is neither a built-in study ({', '.join(_BUILT_IN)}) nor a Python file.{hint}"
+        )
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise StudyError(f"Cannot read the study {path}: {error.strerror}.") from error
+    study = _build(_function_of(path), str(path), preset, settings, path)
+    # The file's hash among the settings: a run of another version of the file is another run.
+    return replace(study, settings={**study.settings, "file_sha256": hashlib.sha256(source).hexdigest()})
+
+
+def _function_of(path: Path) -> Callable[..., Any]:
+    """Execute the file and return its ``study``."""
+    path = path.resolve()
+    name = f"sublens_study_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = spec_from_file_location(name, path)
+    if path.suffix != ".py" or spec is None or spec.loader is None:
+        raise StudyError(f"The study {path} is not a Python file: its name must end in .py.")
+    module: ModuleType = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling inside the file look their module up
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # as for any script: modules beside the file can be imported
+    try:
+        spec.loader.exec_module(module)
+    except SublensError:
+        raise
+    except Exception as error:
+        raise _failed(path, error) from error
+    function = getattr(module, "study", None)
+    if not callable(function):
+        near = difflib.get_close_matches("study", [key for key in vars(module) if not key.startswith("_")], n=1)
+        hint = f" (it defines {near[0]!r})" if near else ""
+        raise StudyError(f"{path.name} defines no function study(){hint}. Add one that returns a sublens.Study.")
+    return function
+
+
+def _build(
+    function: Callable[..., Any], label: str, preset: str | None, settings: Mapping[str, Any], path: Path | None = None
+) -> Study:
+    """Call a study's function with what was asked, after a look at what it accepts."""
+    wanted = {key: value for key, value in settings.items() if value is not None}
+    if preset is not None:
+        wanted["preset"] = preset
+    parameters = inspect.signature(function).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for key in wanted:
+            if key not in parameters:
+                near = difflib.get_close_matches(key, parameters, n=1)
+                has = f" Its settings: {', '.join(parameters)}." if parameters else " It takes no settings."
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise StudyError(f"The study {label} has no setting {key!r}.{hint}{has}")
+    try:
+        study = function(**wanted)
+    except SublensError:
+        raise
+    except Exception as error:
+        if path is None:
+            raise
+        raise _failed(path.resolve(), error) from error
+    if not isinstance(study, Study):
+        raise StudyError(f"study() of {label} returned a {type(study).__name__}; it must return a sublens.Study.")
+    return study
+
+
+def _failed(path: Path, error: Exception) -> StudyError:
+    """Say in one line where in the user's file its own error came from."""
+    line: int | None = None
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        line = error.lineno
+    else:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = lines[-1] if lines else None
+    where = f"{path.name}, line {line}" if line else path.name
+    what = error.msg if isinstance(error, SyntaxError) else str(error)
+    return StudyError(f"The study {where}: {type(error).__name__}: {what}")

@@ -1,0 +1,213 @@
+"""What a study is: a network, its tasks, and the settings its network and masks are trained with.
+
+A built-in study and a user's own are the same thing: a function ``study()`` that returns a :class:`Study`. This module
+imports no torch, so that a list of studies costs nothing.
+"""
+
+import hashlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sublens.errors import StudyError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PAPER_KEEP = 1 / (1 + math.exp(-2.0))
+"""Keep probability all gates start with in the paper's code: a logit of 2.0, a probability of 0.88."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def seed_from(*parts: object) -> int:
+    """Return a seed in 0..2**63-1 that is a pure function of ``parts``, the same in every process and on every machine.
+
+    ``torch.Generator().manual_seed(seed_from(seed, step))`` gives each step of each run random numbers of its own,
+    unlike ``seed + step``, where neighbouring seeds share almost all of their steps.
+    """
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Data, loss and metric: what one mask is trained for and measured on.
+
+    Attributes:
+        name: letters, digits, ``.``, ``_`` and ``-``; it names the mask and its file.
+        batches: ``batches(step) -> batch``, or ``batches(step, seed) -> batch``. It must be a pure function, so that a
+            killed run can be resumed to the same bits. With a parameter called ``seed`` it receives a number that is
+            different for every part of a run (the network, each mask) and every seed of a run; without one, every part
+            sees the same batches.
+        loss: ``loss(net, batch) -> scalar tensor``, written as for the plain network: call ``net`` once.
+        metric: ``metric(net) -> float`` in 0..1, such as an accuracy on held-out data. It is called in evaluation mode
+            and without gradients.
+
+    Raises:
+        StudyError: at construction, if a name is unusable or a function is not callable.
+    """
+
+    name: str
+    batches: Callable[..., Any]
+    loss: "Callable[[nn.Module, Any], Tensor]"
+    metric: "Callable[[nn.Module], float]"
+
+    def __post_init__(self) -> None:
+        _check_name("task", self.name)
+        for part in ("batches", "loss", "metric"):
+            if not callable(getattr(self, part)):
+                raise StudyError(
+                    f"Task {self.name!r}: {part} must be a function, not {_kind(getattr(self, part))}."
+                    + (" Give batches(step) -> batch; for a list: lambda step: data[step % len(data)]."
+                       if part == "batches" else "")
+                )  # fmt: skip
+
+    def batches_for(self, seed: int) -> Callable[[int], Any]:
+        """Return ``batches`` as a function of the step alone, with ``seed`` put in if it asks for one."""
+        try:
+            asks_for_seed = "seed" in inspect.signature(self.batches).parameters
+        except (TypeError, ValueError):  # some builtins have no signature
+            asks_for_seed = False
+        if not asks_for_seed:
+            return self.batches
+        return lambda step: self.batches(step, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A network, its tasks, and the questions asked of their masks. Defaults are the paper's settings.
+
+    Attributes:
+        name: as for a task; it names the run folder.
+        network: ``network(seed) -> nn.Module``, untrained. Torch's generator is seeded before the call, so a network
+            that ignores ``seed`` is reproducible too.
+        tasks: at least one; a mask is trained for each.
+        control: the whole problem. The network is trained on it, and so is the control mask.
+        batch_size: examples in a batch. The penalty is weighted by ``alpha / batch_size``, as in the paper.
+        description: one line for ``sublens studies``.
+        preset: name of the preset the study was built from, if any. It is part of the default run folder's name.
+        settings: what the study was built from (JSON values), recorded in the run.
+        network_steps: training steps of the network: Adam with ``network_lr``, gradient norm clipped to
+            ``network_clip``.
+        mask_steps: training steps of each mask: Adam with ``mask_lr``, gradient norm clipped to ``mask_clip``.
+        alpha: weight of the penalty, before the division by ``batch_size``.
+        penalty: ``"logits"`` (the paper's sum of logits) or ``"expected"`` (the expected number of kept weights).
+        keep: keep probability all gates start with, in 0..1 exclusive.
+        samples: draws per step.
+        where: what is masked (see ``sublens.select``); ``None`` is every weight outside embeddings and normalisation.
+        biases: mask the selected layers' biases too.
+        batch_dim: dimension of the network's inputs and outputs that counts the examples.
+        evaluate_every: steps between two measurements of all tasks during training.
+        first_half: names of the masked parameters that make up the first half of the layers; ``None`` takes the first
+            half of the masked parameters in the network's order (the larger half if they are odd in number).
+        repeated: names of the tasks (or of the control) for which a second mask is trained, with another seed: how
+            much two masks of the *same* task overlap is what the overlap of two tasks is to be compared with.
+        random_masks: random masks drawn for each mask's accuracy baseline.
+        confusion: ``confusion(net) -> {told: {answered: share}}``: what a network answers when told each thing.
+
+    Raises:
+        StudyError: at construction, naming the field, its value, and what it must be.
+    """
+
+    name: str
+    network: "Callable[[int], nn.Module]"
+    tasks: Sequence[Task]
+    control: Task
+    batch_size: int
+    description: str = ""
+    preset: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    network_steps: int = 20_000
+    network_lr: float = 1e-3
+    network_clip: float = 1.0
+    mask_steps: int = 20_000
+    mask_lr: float = 1e-2
+    mask_clip: float = 1.0
+    alpha: float = 1e-4
+    penalty: str = "logits"
+    keep: float = PAPER_KEEP
+    samples: int = 4
+    where: Any = None
+    biases: bool = False
+    batch_dim: int = 0
+    evaluate_every: int = 1000
+    first_half: Sequence[str] | None = None
+    repeated: Sequence[str] = ()
+    random_masks: int = 10
+    confusion: "Callable[[nn.Module], Mapping[str, Mapping[str, float]]] | None" = None
+
+    def __post_init__(self) -> None:
+        _check_name("study", self.name)
+        if isinstance(self.tasks, Task) or not all(isinstance(task, Task) for task in self.tasks) or not self.tasks:
+            raise StudyError(f"Study {self.name!r}: tasks must be a list of at least one Task.")
+        if not isinstance(self.control, Task):
+            raise StudyError(f"Study {self.name!r}: control must be a Task, not {_kind(self.control)}.")
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "settings", dict(self.settings))
+        object.__setattr__(self, "repeated", tuple(self.repeated))
+        if self.first_half is not None:
+            object.__setattr__(self, "first_half", tuple(self.first_half))
+        names = [task.name for task in (self.control, *self.tasks)]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise StudyError(
+                f"Study {self.name!r}: several tasks are called {', '.join(sorted(twice))}. Each task, and the control,"
+                " needs a name of its own, since it names the mask's file."
+            )
+        unknown = [name for name in self.repeated if name not in names]
+        if unknown:
+            raise StudyError(f"Study {self.name!r}: repeated names {', '.join(unknown)}; its tasks: {', '.join(names)}.")
+        for name, kinds, low, strict in _RANGES:
+            value = getattr(self, name)
+            right = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            if not right or value < low or (strict and value == low):
+                kind = "a whole number" if kinds is int else "a number"
+                raise StudyError(
+                    f"Study {self.name!r}: {name}={value!r} must be {kind} {'above' if strict else 'of at least'} {low}."
+                )
+        if not self.keep < 1:
+            raise StudyError(f"Study {self.name!r}: keep={self.keep!r} is a probability and must lie between 0 and 1.")
+        if self.penalty not in ("logits", "expected"):
+            raise StudyError(f"Study {self.name!r}: penalty={self.penalty!r} must be 'logits' or 'expected'.")
+        for name in ("network", "confusion"):
+            value = getattr(self, name)
+            if not callable(value) and not (name == "confusion" and value is None):
+                raise StudyError(f"Study {self.name!r}: {name} must be a function, not {_kind(value)}.")
+            if isinstance(value, type) is False and hasattr(value, "state_dict"):
+                raise StudyError(
+                    f"Study {self.name!r}: {name} is a module; give a function that makes one, {name}=lambda seed: ..."
+                )
+
+
+_RANGES: tuple[tuple[str, Any, float, bool], ...] = (
+    # field, type, lowest value, whether that value itself is forbidden
+    ("batch_size", int, 1, False),
+    ("network_steps", int, 0, False),
+    ("network_lr", (int, float), 0, True),
+    ("network_clip", (int, float), 0, True),
+    ("mask_steps", int, 1, False),
+    ("mask_lr", (int, float), 0, True),
+    ("mask_clip", (int, float), 0, True),
+    ("alpha", (int, float), 0, False),
+    ("keep", (int, float), 0, True),
+    ("samples", int, 1, False),
+    ("batch_dim", int, 0, False),
+    ("evaluate_every", int, 1, False),
+    ("random_masks", int, 0, False),
+)
+
+
+def _check_name(what: str, name: object) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise StudyError(
+            f"{name!r} cannot be the name of a {what}: it becomes part of file names, so use letters, digits,"
+            " '.', '_' and '-', and start with a letter or a digit."
+        )
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
