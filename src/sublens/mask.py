@@ -1,0 +1,509 @@
+"""The binary result: which weights of a network are kept; its algebra, its numbers, and how it is put on."""
+
+import contextlib
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .errors import FileError, MismatchError, NonFiniteError, SettingError
+from .selection import Where, match_names, select, tied_names
+from .storage import (
+    check_packed,
+    fingerprint_entry,
+    hash_tensors,
+    load_tensors,
+    pack_bits,
+    save_tensors,
+    shape_entry,
+    unpack_bits,
+)
+
+_CHUNK = 2**20
+_BINS = 2**12
+
+
+def binarise(logit: Tensor) -> Tensor:
+    """The one rule that turns logits into a mask: an element is kept iff its logit is above 0.
+
+    Args:
+        logit: float tensor of any shape and device.
+
+    Returns:
+        bool tensor of the same shape and device; ``False`` at 0 and at NaN.
+    """
+    return logit.detach() > 0
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of a network's ``state_dict`` (see ``docs/file-format.md``).
+
+    It changes with one bit of one weight or buffer. It does not change with device, memory layout, ``requires_grad`` or
+    the training flag.
+
+    Returns:
+        64 lowercase hexadecimal digits.
+
+    Raises:
+        SettingError: a tensor has no bytes to read (lazy, sparse, quantized, on the meta device).
+    """
+    entries = network.state_dict()
+    for name, tensor in entries.items():
+        if isinstance(tensor, Tensor) and is_lazy(tensor):
+            raise SettingError(f"'{name}' has no shape yet; run one batch through the network first")
+    return hash_tensors({name: tensor for name, tensor in entries.items() if isinstance(tensor, Tensor)})
+
+
+class Mask:
+    """Which elements of which parameters of one network are kept. Immutable; one bit a weight in memory and on disk.
+
+    Masks of the same network and the same parameters combine: ``a & b`` keeps what both keep, ``a | b`` what either
+    keeps, ``a - b`` what ``a`` keeps and ``b`` does not, ``a ^ b`` what exactly one keeps, ``~a`` what ``a`` removes.
+    Masks that differ in network, names or shapes are not equal, and combining them raises :class:`MismatchError`.
+    Below, *layer* means one masked parameter.
+
+    Args:
+        kept: dotted parameter name -> bool tensor of the parameter's shape, ``True`` where the element is kept. Copied.
+        network: fingerprint of the network, from :func:`fingerprint`.
+
+    Raises:
+        SettingError: no layer, a tensor that is not bool, or no fingerprint.
+    """
+
+    __slots__ = ("_network", "_packed", "_shapes")
+
+    _network: str
+    _packed: dict[str, Tensor]
+    _shapes: dict[str, tuple[int, ...]]
+
+    def __init__(self, kept: Mapping[str, Tensor], network: str) -> None:
+        if not isinstance(network, str) or not network:
+            raise SettingError("a mask needs the fingerprint of its network; get it from sublens.fingerprint(network)")
+        for name, tensor in kept.items():
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
+                found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise SettingError(f"'{name}' must be a bool tensor, not {found}; logits go through Mask.from_logits")
+        shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+        self._fill({name: pack_bits(tensor) for name, tensor in kept.items()}, shapes, network)
+
+    def _fill(self, packed: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], network: str) -> None:
+        if not packed:
+            raise SettingError("a mask needs at least one layer")
+        self._packed, self._shapes, self._network = packed, shapes, network
+
+    @classmethod
+    def _of(cls, packed: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], network: str) -> "Mask":
+        mask = cls.__new__(cls)
+        mask._fill(packed, shapes, network)
+        return mask
+
+    # --- making masks
+
+    @classmethod
+    def from_logits(cls, logits: Mapping[str, Tensor], network: str) -> "Mask":
+        """The mask of trained logits by :func:`binarise`: kept iff the logit is above 0.
+
+        Args:
+            logits: parameter name -> logits of the parameter's shape.
+            network: fingerprint of the network.
+
+        Raises:
+            NonFiniteError: a logit is NaN.
+            SettingError: as the constructor.
+        """
+        for name, logit in logits.items():
+            if bool(logit.detach().isnan().any()):
+                raise NonFiniteError(f"the logits of '{name}' contain NaN: their training failed", parameter=name)
+        return cls({name: binarise(logit) for name, logit in logits.items()}, network)
+
+    @classmethod
+    def full(cls, network: nn.Module, where: Where = None, *, biases: bool = False) -> "Mask":
+        """The mask that keeps everything of a selection (:func:`sublens.select`)."""
+        parameters = select(network, where, biases=biases)
+        kept = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in parameters.items()}
+        return cls(kept, fingerprint(network))
+
+    @classmethod
+    def random_like(cls, mask: "Mask", seed: int) -> "Mask":
+        """A random mask that keeps as many elements of each layer as ``mask``, every choice of them equally likely.
+
+        The same ``seed`` (any integer) and layer names give the same mask on every machine and version.
+        """
+        packed = {
+            name: _random_bits(math.prod(shape), count, f"{seed}/{name}")
+            for (name, shape), count in zip(mask._shapes.items(), mask.kept_counts().values(), strict=True)
+        }
+        return cls._of(packed, dict(mask._shapes), mask._network)
+
+    def only(self, layers: str | Iterable[str]) -> "Mask":
+        """This mask in some layers; all of every other layer is kept.
+
+        Args:
+            layers: names, names of enclosing modules, or globs.
+
+        Raises:
+            SelectionError: one of them matches no layer.
+        """
+        chosen = set(match_names(layers, self._packed))
+        packed = {n: p if n in chosen else pack_bits(_ones(self._shapes[n])) for n, p in self._packed.items()}
+        return self._of(packed, dict(self._shapes), self._network)
+
+    def replace(self, other: "Mask", layers: str | Iterable[str]) -> "Mask":
+        """This mask, with some layers (as in :meth:`only`) taken from ``other``.
+
+        Raises:
+            MismatchError: ``other`` belongs to another network or has other layers.
+            SelectionError: one of ``layers`` matches nothing.
+        """
+        self._check_mask(other)
+        chosen = set(match_names(layers, self._packed))
+        packed = {name: (other if name in chosen else self)._packed[name] for name in self._packed}
+        return self._of(packed, dict(self._shapes), self._network)
+
+    def bind(self, network: nn.Module) -> "Mask":
+        """The same mask for other weights: explicitly transferred to a network with the same names and shapes.
+
+        Raises:
+            MismatchError: the network lacks a layer, or has it in another shape.
+        """
+        self._check_layers(network)
+        return self._of(dict(self._packed), dict(self._shapes), fingerprint(network))
+
+    # --- looking at them
+
+    @property
+    def network(self) -> str:
+        """Fingerprint of the network that the mask belongs to."""
+        return self._network
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers, in the order of the network's parameters."""
+        return tuple(self._packed)
+
+    @property
+    def size(self) -> int:
+        """Number of elements, kept or not."""
+        return sum(self.sizes().values())
+
+    @property
+    def kept_count(self) -> int:
+        """Number of kept elements."""
+        return sum(self.kept_counts().values())
+
+    @property
+    def kept(self) -> float:
+        """Share of all elements that is kept, 0 to 1."""
+        return _share(self.kept_count, self.size)
+
+    def sizes(self) -> dict[str, int]:
+        """Layer -> number of elements."""
+        return {name: math.prod(shape) for name, shape in self._shapes.items()}
+
+    def kept_counts(self) -> dict[str, int]:
+        """Layer -> number of kept elements."""
+        return {name: _count(packed) for name, packed in self._packed.items()}
+
+    def kept_per_layer(self) -> dict[str, float]:
+        """Layer -> share of its elements that is kept, 0 to 1."""
+        sizes = self.sizes()
+        return {name: _share(count, sizes[name]) for name, count in self.kept_counts().items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A new bool tensor of the layer's shape, on the CPU; changing it does not change the mask."""
+        if name not in self._packed:
+            raise KeyError(f"the mask has no layer '{name}'; it has {', '.join(self.names)}")
+        return unpack_bits(self._packed[name], self._shapes[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __repr__(self) -> str:
+        return f"Mask({len(self)} layers, {self.kept_count:,} of {self.size:,} kept, network {self._network[:12]})"
+
+    # --- algebra
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return self._combine(other, torch.bitwise_and)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return self._combine(other, torch.bitwise_or)
+
+    def __xor__(self, other: "Mask") -> "Mask":
+        return self._combine(other, torch.bitwise_xor)
+
+    def __sub__(self, other: "Mask") -> "Mask":
+        return self._combine(other, lambda a, b: a & ~b)
+
+    def __invert__(self) -> "Mask":
+        packed = {}
+        for name, bits in self._packed.items():
+            packed[name] = ~bits
+            if odd := math.prod(self._shapes[name]) % 8:
+                packed[name][-1] &= (1 << odd) - 1  # the padding stays 0
+        return self._of(packed, dict(self._shapes), self._network)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        same = self._network == other._network and self._shapes == other._shapes
+        return same and all(torch.equal(bits, other._packed[name]) for name, bits in self._packed.items())
+
+    def __hash__(self) -> int:
+        return hash((self._network, hash_tensors(self._packed)))
+
+    def _combine(self, other: "Mask", operation: Callable[[Tensor, Tensor], Tensor]) -> "Mask":
+        self._check_mask(other)
+        packed = {name: operation(bits, other._packed[name]) for name, bits in self._packed.items()}
+        return self._of(packed, dict(self._shapes), self._network)
+
+    # --- overlap
+
+    def iou(self, other: "Mask") -> float:
+        """Intersection over union: kept by both / kept by either, 0 to 1.
+
+        Here and in the other overlaps, 0 / 0 counts as 1: a mask equals itself, and an empty one lies in every other.
+        """
+        return _share((self & other).kept_count, (self | other).kept_count)
+
+    def iomin(self, other: "Mask") -> float:
+        """Intersection over the smaller mask, 0 to 1: 1 if one mask lies in the other."""
+        return _share((self & other).kept_count, min(self.kept_count, other.kept_count))
+
+    def shared(self, other: "Mask") -> float:
+        """Share of this mask's kept elements that ``other`` keeps too, 0 to 1. Not symmetric."""
+        return _share((self & other).kept_count, self.kept_count)
+
+    def iou_per_layer(self, other: "Mask") -> dict[str, float]:
+        """Layer -> :meth:`iou` within it."""
+        both, either = (self & other).kept_counts(), (self | other).kept_counts()
+        return {name: _share(both[name], either[name]) for name in self}
+
+    def iomin_per_layer(self, other: "Mask") -> dict[str, float]:
+        """Layer -> :meth:`iomin` within it."""
+        both, mine, others = (self & other).kept_counts(), self.kept_counts(), other.kept_counts()
+        return {name: _share(both[name], min(mine[name], others[name])) for name in self}
+
+    # --- on the network
+
+    @contextlib.contextmanager
+    def applied(self, network: nn.Module) -> Iterator[nn.Module]:
+        """Remove the weights that the mask removes, for the time of a ``with`` block.
+
+        Inside, parameters and buffers are the same objects on other memory: a copy whose removed elements are +0.0. The
+        original memory is not written at all, and comes back at the end, whatever happens inside: an exception,
+        Ctrl-C, training steps, loaded or replaced weights. This takes the memory of one more copy of the network.
+
+        A module that keeps weights elsewhere than in parameters and buffers does not see the mask.
+
+        Args:
+            network: the network that the mask was made for.
+
+        Raises:
+            MismatchError: the mask belongs to another network, or names or shapes differ. Nothing has changed then.
+        """
+        self._check_network(network)
+        held = [(module, [dict(registry) for registry in _registries(module)]) for module in network.modules()]
+        tensors = {id(t): t for _, registries in held for r in registries for t in r.values() if isinstance(t, Tensor)}
+        originals = {key: tensor.data for key, tensor in tensors.items()}
+        masked = self._masked_copies(network, originals)
+        try:
+            for key, tensor in tensors.items():
+                tensor.data = masked[key]
+            del masked
+            yield network
+        finally:
+            for module, registries in held:
+                _reinstate(module, registries)
+            for key, tensor in tensors.items():
+                tensor.data = originals[key]
+
+    def _masked_copies(self, network: nn.Module, originals: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Masked copies by ``id``, which share memory among themselves exactly as the originals do."""
+        storages: dict[object, torch.UntypedStorage] = {}
+        copies = {}
+        for key, tensor in originals.items():
+            if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+                copies[key] = tensor.clone()
+                continue
+            storage = tensor.untyped_storage()
+            place = (storage.device, storage.data_ptr(), storage.nbytes())
+            if place not in storages:
+                storages[place] = storage.clone()
+            view = tensor.new_empty(0)
+            copies[key] = view.set_(storages[place], tensor.storage_offset(), tensor.size(), tensor.stride())
+        parameters = dict(network.named_parameters(remove_duplicate=False))
+        for name in self:
+            copied = copies[id(parameters[name])]
+            copied.masked_fill_(~self[name].to(copied.device), 0)
+        return copies
+
+    def apply(self, network: nn.Module) -> nn.Module:
+        """A deep copy of the network in which removed elements are +0.0: a plain module that shares no memory with it.
+
+        Raises:
+            MismatchError: the mask belongs to another network, or names or shapes differ.
+        """
+        self._check_network(network)
+        names = {alias: aliases for aliases in tied_names(network).values() for alias in aliases}
+        pruned = copy.deepcopy(network)
+        parameters = dict(pruned.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name in self:
+                # Copying unties parameters that merely shared memory; each of them gets the mask.
+                for parameter in {id(parameters[alias]): parameters[alias] for alias in names[name]}.values():
+                    parameter.masked_fill_(~self[name].to(parameter.device), 0)
+        return pruned
+
+    # --- on disk
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the mask, atomically, as described in ``docs/file-format.md``.
+
+        Raises:
+            FileError: the file cannot be written. An older file there is unharmed.
+        """
+        shapes = {name: list(shape) for name, shape in self._shapes.items()}
+        save_tensors(path, self._packed, {"kind": "mask", "network": self._network, "shapes": shapes})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], network: nn.Module | None = None) -> "Mask":
+        """Read a mask, checking all of it.
+
+        Args:
+            path: a file written by :meth:`save`.
+            network: if given, the network that the mask must belong to.
+
+        Raises:
+            FileError: the file is missing, damaged, or not the file of a mask.
+            MismatchError: the mask belongs to another network than ``network``.
+        """
+        packed, entry = load_tensors(path, "mask")
+        shapes = entry.get("shapes")
+        if not packed or not isinstance(shapes, dict) or set(shapes) != set(packed):
+            raise FileError(f"'{os.fspath(path)}' is no mask: its shapes do not have the names of its tensors")
+        checked = {name: shape_entry(path, name, shapes[name]) for name in packed}
+        for name, bits in packed.items():
+            try:
+                check_packed(bits, checked[name])
+            except FileError as error:
+                raise FileError(f"'{os.fspath(path)}': {name!a}: {error}") from error
+        mask = cls._of(packed, checked, fingerprint_entry(path, entry))
+        if network is not None:
+            mask._check_network(network)
+        return mask
+
+    # --- belonging together
+
+    def _check_mask(self, other: "Mask") -> None:
+        if not isinstance(other, Mask):
+            raise TypeError(f"a Mask combines with a Mask, not with {type(other).__name__}")
+        if self._network != other._network:
+            raise MismatchError(
+                f"the masks belong to different networks ({self._network[:12]} and {other._network[:12]}); "
+                "Mask.bind(network) transfers a mask to other weights"
+            )
+        if missing := self._packed.keys() ^ other._packed.keys():
+            raise MismatchError(f"only one of the masks has the layer '{min(missing)}'; make both with one selection")
+        for name, shape in self._shapes.items():
+            if shape != other._shapes[name]:
+                raise MismatchError(f"'{name}' has shape {shape} in one mask and {other._shapes[name]} in the other")
+
+    def _check_layers(self, network: nn.Module) -> None:
+        parameters = dict(network.named_parameters(remove_duplicate=False))
+        for name, shape in self._shapes.items():
+            if name not in parameters:
+                raise MismatchError(f"the network has no parameter '{name}', but the mask does: another structure")
+            if tuple(parameters[name].shape) != shape:
+                raise MismatchError(
+                    f"'{name}' has shape {tuple(parameters[name].shape)} in the network and {shape} in the mask"
+                )
+        for names in tied_names(network).values():
+            if len(twice := [name for name in names if name in self]) > 1:
+                raise MismatchError(f"{' and '.join(twice)} are one tensor in the network, but two layers in the mask")
+
+    def _check_network(self, network: nn.Module) -> None:
+        self._check_layers(network)
+        if (found := fingerprint(network)) != self._network:
+            raise MismatchError(
+                f"the mask belongs to network {self._network[:12]}, this one is {found[:12]}: names and shapes fit, "
+                "but weights or buffers differ. Load those that the mask was made for, or use mask.bind(network) to "
+                "transfer it on purpose"
+            )
+
+
+def _reinstate(module: nn.Module, held: Iterable[dict[str, Any]]) -> None:
+    """Undo what replaced, added or deleted parameters, buffers or submodules of a module."""
+    for registry, content in zip(_registries(module), held, strict=True):
+        if [(name, id(value)) for name, value in registry.items()] == [(name, id(v)) for name, v in content.items()]:
+            continue
+        for name, value in content.items():
+            if isinstance(value, nn.Parameter) and registry.get(name) is not value:
+                setattr(module, name, value)  # an nn.LSTM keeps a list of its own, which only this updates
+        registry.clear()
+        registry.update(content)
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def _count(packed: Tensor) -> int:
+    return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
+
+
+def _ones(shape: tuple[int, ...]) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def _random_bits(size: int, count: int, key: str) -> Tensor:
+    """``count`` of ``size`` bits, chosen uniformly, packed as by :func:`pack_bits`.
+
+    Each element gets a random 64-bit number, and the ``count`` smallest are chosen. The numbers of a large layer take
+    too much memory, so they are drawn again for each pass, a chunk at a time: to find the bin in which the last chosen
+    number lies, to sort that bin, and to choose. NumPy promises the same raw numbers in every version,
+    unlike the same permutations.
+    """
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
+
+    def chunks() -> Iterator[np.ndarray]:
+        source = np.random.Philox(key=seed)
+        for start in range(0, size, _CHUNK):
+            yield source.random_raw(min(_CHUNK, size - start))
+
+    shift = np.uint64(64 - (_BINS - 1).bit_length())
+    counts = np.zeros(_BINS, np.int64)
+    for chunk in chunks():
+        counts += np.bincount((chunk >> shift).astype(np.int64), minlength=_BINS)
+    below = np.cumsum(counts)
+    last = int(np.searchsorted(below, count)) if count else 0
+    sure = int(below[last - 1]) if last else 0
+    in_last = np.concatenate([np.empty(0, np.uint64), *(c[(c >> shift) == last] for c in chunks())])
+    # Stable, so that equal numbers (one in 2^64) are chosen in their order.
+    chosen_in_last = np.zeros(len(in_last), bool)
+    chosen_in_last[np.argsort(in_last, kind="stable")[: count - sure]] = True
+    packed, used = [np.empty(0, np.uint8)], 0
+    for chunk in chunks():
+        bins = chunk >> shift
+        bits, border = bins < last, bins == last
+        bits[border] = chosen_in_last[used : used + int(border.sum())]
+        used += int(border.sum())
+        packed.append(np.packbits(bits, bitorder="little"))
+    return torch.from_numpy(np.concatenate(packed))
