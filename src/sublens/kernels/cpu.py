@@ -1,0 +1,103 @@
+"""The fused CPU path: the reference's results in one pass over memory (:mod:`sublens.kernels.loops`)."""
+
+import functools
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sublens.kernels import threads
+from sublens.noise import Draw
+
+_SMALL = 32_768
+"""Draws below which one thread is faster than waking the others."""
+
+log = logging.getLogger("sublens")
+
+
+@functools.cache
+def _loops() -> Any:
+    # Imported at first use: Numba takes a second to load, and the first time ever some ten to compile.
+    log.info("sublens: loading the fused CPU kernels (the first time on a machine they are compiled, then cached)")
+    from sublens.kernels import loops
+
+    return loops
+
+
+def applies(weight: Tensor, logits: Tensor) -> bool:
+    """Whether the fused path can take this parameter: float32 on the CPU, logits alike.
+
+    Other dtypes and devices, and tensors that only pretend to have data (meta, fake, functorch-wrapped), go the
+    reference's way.
+    """
+    return (
+        weight.device.type == "cpu"
+        and logits.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and logits.dtype == torch.float32
+        and weight.numel() > 0
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def walk(
+    weight: Tensor,
+    logits: Tensor,
+    draw: Draw,
+    *,
+    masked: Tensor | None = None,
+    gradient: Tensor | None = None,
+    result: Tensor | None = None,
+    begin: int = 0,
+    samples: int = 1,
+) -> None:
+    """Walk once over a run of elements, for ``samples`` samples from ``draw.sample`` on.
+
+    Args:
+        weight: contiguous float32, whole parameter.
+        logits: contiguous float32, same number of elements.
+        draw: names the first sample.
+        masked: written, shape (samples, count, ...) or (count, ...): the masked weights. Contiguous float32.
+        gradient: read, same shape: gradient of each masked weight. Contiguous float32.
+        result: written, shape (count, ...): gradient of the logits. Contiguous float32.
+        begin: first element of the run; the run's length is that of ``masked`` or ``gradient`` over ``samples``.
+        samples: number of samples K.
+    """
+    loops = _loops()
+    like = masked if masked is not None else gradient
+    if like is None:
+        raise ValueError("walk() has nothing to do: give masked, or gradient and result.")
+    count = like.numel() // samples
+    p = np.empty(loops.FIELDS, np.int64)
+    p[:10] = (
+        0,
+        weight.data_ptr() + 4 * begin,
+        logits.data_ptr() + 4 * begin,
+        0 if masked is None else masked.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        0 if result is None else result.data_ptr(),
+        begin,
+        count,
+        samples,
+        count,
+    )
+    p[10:14] = draw.key()
+    p[14:17] = draw.counter()
+    threads.run(loops.walk.address, p.ctypes.data, parallel=count * samples >= _SMALL)
+
+
+def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+    """As :func:`sublens.kernels.reference.masked`."""
+    out = torch.empty(weight.shape, dtype=torch.float32)
+    walk(weight.contiguous(), logits.contiguous(), draw, masked=out)
+    return out
+
+
+def logit_gradient(gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+    """As :func:`sublens.kernels.reference.logit_gradient` with tau = 1."""
+    out = torch.empty(logits.shape, dtype=torch.float32)
+    walk(weight.contiguous(), logits.contiguous(), draw, gradient=gradient.contiguous(), result=out)
+    return out

@@ -1,0 +1,114 @@
+"""Counter-based noise: ``(seed, step, sample, parameter, element) -> u``, a pure function.
+
+The generator is Threefry-4x32 with 13 rounds (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+1, 2, 3", SC 2011): a reduced-round Threefish block cipher which that paper reports to pass TestU01's BigCrush, counters
+and keys with little structure of their own included. It needs additions, rotations and exclusive-ors of 32-bit words
+only, so the same bits come out on every device, and nothing has to be stored to draw a number again.
+
+Layout. The key is ``(seed, parameter)``, 64 bits each; the counter is ``(block, sample, step)``. One block gives four
+32-bit words, that is eight 16-bit draws: word ``w``, low half first. Elements are numbered in row-major order and come
+in tiles of 512; element ``512 t + 64 o + j`` is draw ``o`` of block ``64 t + j``, an order in which eight or sixteen
+neighbouring elements are one vector instruction.
+
+Resolution. A draw is one of 65,536 equally likely values, ``u = (k + 1/2) / 65536``, never 0 or 1. A keep probability is
+thereby met to within ``2**-17``; the bound on logits (:data:`sublens.kernels.reference.LOGIT_BOUND`) keeps every
+probability well above that.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 512
+"""Elements that share one run of blocks."""
+LANES = 64
+"""Blocks of a tile."""
+LEVELS = 65536
+"""Number of equally likely values of one draw."""
+ROUNDS = 13
+ROTATIONS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))
+PARITY = 0x1BD11BDA
+_WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What names one draw of all gates of one parameter.
+
+    Attributes:
+        seed: the run's seed; any integer, used modulo 2**64.
+        step: number of the training forward, 0 or more, used modulo 2**64.
+        sample: number of the sample within the step, from 0.
+        parameter: :func:`parameter_id` of the masked parameter.
+    """
+
+    seed: int
+    step: int
+    sample: int
+    parameter: int
+
+    def key(self) -> tuple[int, int, int, int]:
+        """The four 32-bit words of the Threefry key."""
+        return self.seed & _WORD, self.seed >> 32 & _WORD, self.parameter & _WORD, self.parameter >> 32 & _WORD
+
+    def counter(self) -> tuple[int, int, int]:
+        """The three 32-bit words of the counter that stand behind the block number."""
+        return self.sample & _WORD, self.step & _WORD, self.step >> 32 & _WORD
+
+
+def parameter_id(name: str) -> int:
+    """64-bit number of a parameter, from its dotted name alone.
+
+    Hence the noise of one parameter does not change when others join the selection or leave it.
+    """
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def threefry(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int, int, int]) -> tuple[Tensor, ...]:
+    """Threefry-4x32-13 of many counters under one key.
+
+    Args:
+        counter: four int64 tensors of one shape, values 0 to 2**32 - 1. (int64, because unsigned 32-bit arithmetic is
+            not available on every device; no intermediate value leaves the range 0 to 2**63 - 1.)
+        key: four words, 0 to 2**32 - 1.
+
+    Returns:
+        Four int64 tensors of that shape, values 0 to 2**32 - 1.
+    """
+    keys = (*key, key[0] ^ key[1] ^ key[2] ^ key[3] ^ PARITY)
+    x = [(c + k) & _WORD for c, k in zip(counter, keys, strict=False)]
+    for r in range(ROUNDS):
+        pairs = ((0, 1), (2, 3)) if r % 2 == 0 else ((0, 3), (2, 1))
+        for (a, b), bits in zip(pairs, ROTATIONS[r % 8], strict=True):
+            x[a] = (x[a] + x[b]) & _WORD
+            x[b] = ((x[b] << bits | x[b] >> 32 - bits) & _WORD) ^ x[a]
+        if r % 4 == 3:
+            s = (r + 1) // 4
+            x = [(x[i] + keys[(s + i) % 5] + (s if i == 3 else 0)) & _WORD for i in range(4)]
+    return tuple(x)
+
+
+def bits(draw: Draw, count: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """The 16-bit draws of elements 0 to ``count - 1``.
+
+    Returns:
+        int32 tensor of shape (count,), values 0 to 65535.
+    """
+    tiles = -(-count // TILE)
+    block = torch.arange(tiles * LANES, dtype=torch.int64, device=device)
+    rest = [torch.full_like(block, word) for word in draw.counter()]
+    words = threefry((block, rest[0], rest[1], rest[2]), draw.key())
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    per_tile = torch.stack([half.view(tiles, LANES) for half in halves], dim=1)
+    return per_tile.reshape(-1)[:count].to(torch.int32)
+
+
+def uniform(draw: Draw, count: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform noise of elements 0 to ``count - 1``.
+
+    Returns:
+        float32 tensor of shape (count,), values (k + 1/2) / 65536 with k from 0 to 65535.
+    """
+    return (bits(draw, count, device=device).to(torch.float32) + 0.5) / LEVELS
