@@ -1,0 +1,174 @@
+"""What the gates do: which way they open, whether they can still move, and whether each has noise of its own.
+
+Gates are found as the products of something that depends on one logit tensor with a constant of as many elements: the
+frozen weights. Relaxed samples are found as results in (0, 1) with the logits' shape (see :mod:`.shared_noise`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from sublens.diagnosis.findings import Finding
+from sublens.diagnosis.graph import RESHAPES, Edge, Graph, edges, gradient_at, kind, saved, shape_of
+from sublens.diagnosis.inputs import listed
+
+_SATURATED = 15.0  # sigmoid(15) * (1 - sigmoid(15)) is 3e-7: below float32 rounding of anything it is added to
+_CERTAIN = 4.6  # a keep probability of 0.99; or, below zero, of 0.01
+_SLOPE_THAT_TRAINS = 1e-3
+
+
+@dataclass(frozen=True)
+class Use:
+    """A place where gates meet weights: ``product`` multiplies ``gate`` by a constant."""
+
+    name: str
+    product: Node
+    gate: Edge
+
+
+def uses_of(graph: Graph, logits: Mapping[str, Tensor]) -> list[Use]:
+    """Where each logit tensor's gates meet weights. The outermost product, so that noise is not taken for weights."""
+    found: list[Use] = []
+    inside: set[Node] = set()
+    for node in graph.nodes:  # the loss's side first
+        if node in inside or kind(node) != "Mul":
+            continue
+        operands = edges(node)
+        if len(operands) != 2:
+            continue
+        live = [operand for operand in operands if graph.reach(operand)]
+        names = graph.bits(graph.reach((node, 0)))
+        if len(live) != 1 or len(names) != 1:
+            continue
+        logit = logits[names[0]]
+        constant = saved(node, "self" if operands[1] == live[0] else "other")
+        if shape_of(live[0]) == logit.shape and isinstance(constant, Tensor) and constant.numel() >= logit.numel():
+            found.append(Use(names[0], node, live[0]))
+            inside.update(graph.below(live[0]))
+    return found
+
+
+def slopes_of(uses: list[Use], logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """d gate / d logit of every element, added up over the uses of each logit tensor. Only what torch can compute."""
+    slopes: dict[str, Tensor] = {}
+    for use in uses:
+        target = logits[use.name]
+        try:
+            (slope,) = gradient_at([(use.gate, 1.0)], [target], device=target.device)
+        except (RuntimeError, TypeError, AttributeError):
+            continue
+        if slope is not None:
+            slopes[use.name] = slopes[use.name] + slope if use.name in slopes else slope
+    return slopes
+
+
+def orientation_of(slopes: Mapping[str, Tensor]) -> int:
+    """-1 if gates are seen to shut as their logits grow (a loop with the opposite convention), otherwise 1."""
+    return -1 if sum(float(slope.double().sum()) for slope in slopes.values()) < 0 else 1
+
+
+def gate_checks(
+    graph: Graph, logits: Mapping[str, Tensor], uses: list[Use], slopes: Mapping[str, Tensor]
+) -> tuple[list[Finding], list[Finding]]:
+    """Findings and notes on saturated logits, and on gates that are all open or all shut."""
+    findings: list[Finding] = []
+    notes: list[Finding] = []
+    _saturation(logits, slopes, findings, notes)
+    values = [logit.detach().flatten() for logit in logits.values()]
+    size = sum(value.numel() for value in values)
+    if size == 0:
+        return findings, notes
+    lowest = min(float(value.min()) for value in values if value.numel())
+    highest = max(float(value.max()) for value in values if value.numel())
+    flip = orientation_of(slopes)
+    all_high, all_low = lowest >= _CERTAIN, highest <= -_CERTAIN
+    if all_high or all_low:
+        opened = all_high == (flip > 0)
+        findings.append(_all_gates(opened, f"All {size} logits lie between {lowest:.4g} and {highest:.4g}"))
+    elif (shut := _seen_shut(graph, uses)) and set(shut) == {use.name for use in uses}:
+        findings.append(_all_gates(False, f"All masked weights of {listed(shut)} are exactly 0 in this forward pass"))
+    elif shut:
+        notes.append(
+            Finding(
+                "layer-shut",
+                f"All masked weights of {listed(shut)} are exactly 0 in this forward pass.",
+                "Nothing passes through that layer, so little or no gradient reaches the layers around it.",
+                "Start with a higher keep probability, or lower alpha, unless the layer is meant to go.",
+            )
+        )
+    if lowest == highest and 0.5 < lowest < 1.0:
+        notes.append(
+            Finding(
+                "probability-as-logit",
+                f"All logits are {lowest:.4g}, which is a keep probability of {_sigmoid(lowest):.3f}.",
+                f"If {lowest:.4g} was meant as the keep probability, gates are shut far more often than intended.",
+                "The logit of a probability p is log(p / (1 - p)):\n    logits = torch.full(shape, math.log(p / (1 - p)))",
+            )
+        )
+    return findings, notes
+
+
+def _saturation(
+    logits: Mapping[str, Tensor], slopes: Mapping[str, Tensor], findings: list[Finding], notes: list[Finding]
+) -> None:
+    stuck: dict[str, int] = {}
+    for name, logit in logits.items():
+        far = logit.detach().abs() > _SATURATED
+        if name in slopes and slopes[name].shape == far.shape:
+            far &= slopes[name].abs() < _SLOPE_THAT_TRAINS  # scores with an identity gradient do not saturate
+        if count := int(far.sum()):
+            stuck[name] = count
+    if not stuck:
+        return
+    total, size = sum(stuck.values()), sum(logit.numel() for logit in logits.values())
+    whole = [name for name, count in stuck.items() if count == logits[name].numel() and count > 1]
+    saturated = Finding(
+        "logits-saturated",
+        f"{total} of {size} logits are beyond {_SATURATED:g} in size ({listed(list(stuck))}).",
+        f"At {_SATURATED:g} the sigmoid's slope is 3e-7, and in float32 it soon rounds to 0: these gates get no gradient "
+        "from the task and stay as they are, open or shut. An unbounded penalty or a very high start does that.",
+        "Start near the logit of the keep probability (2.197 for 0.9), and bound the logits after each step:\n"
+        "    with torch.no_grad(): logit.clamp_(-10, 10)",
+    )
+    (findings if 2 * total > size or whole else notes).append(saturated)
+
+
+def _all_gates(opened: bool, seen: str) -> Finding:
+    return Finding(
+        "gates-open" if opened else "gates-shut",
+        f"{seen}: every gate is {'open' if opened else 'shut'}.",
+        "Samples that are all alike say nothing about which weights matter, and at such logits the relaxed gate has "
+        "almost no slope. "
+        + ("The mask is the whole network." if opened else "Nothing passes through the network, forward or backward."),
+        "Start the logits at the keep probability's logit, for example 2.197 for 0.9, and draw noise for each gate:\n"
+        "    logits = torch.full_like(weight, math.log(0.9 / 0.1)).requires_grad_()",
+    )
+
+
+def _seen_shut(graph: Graph, uses: list[Use]) -> list[str]:
+    """Names whose masked weights an operation kept, all of them zero (and the weights themselves are not)."""
+    parents: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        for edge in edges(node):
+            if edge is not None:
+                parents.setdefault(edge[0], []).append(node)
+    shut: list[str] = []
+    for use in uses:
+        shape, pending = shape_of((use.product, 0)), list(parents.get(use.product, []))
+        while pending:
+            node = pending.pop()
+            if kind(node) in RESHAPES:
+                pending += parents.get(node, [])
+                continue
+            for key in ("mat2", "self", "weight", "other"):
+                kept = saved(node, key)
+                if isinstance(kept, Tensor) and shape in (kept.shape, kept.shape[::-1]) and not bool(kept.any()):
+                    shut.append(use.name)
+    return sorted(set(shut), key=graph.names.index)
+
+
+def _sigmoid(logit: float) -> float:
+    return float(torch.sigmoid(torch.tensor(logit)))

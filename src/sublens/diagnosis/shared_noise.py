@@ -1,0 +1,195 @@
+"""Is one noise value shared by all gates of a layer?
+
+A relaxed sample is sigmoid((logit + noise) / temperature). Where the graph kept samples, their log-odds give the noise
+back, up to a factor: if they are one line in the logits, then noise is one number. A gate without noise gives a line as
+well, but one through zero, so a line alone proves nothing: its offset must be a number that nobody would write.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from sublens.diagnosis.findings import Finding
+from sublens.diagnosis.graph import Graph, edges, gradient_at, kind, shape_of
+from sublens.diagnosis.inputs import listed
+from sublens.diagnosis.replay import Replay
+
+_BLOCK = 16  # a corner of 16 x 16 elements tells as much as the whole layer
+_FEWEST = 4
+_EDGE = 1e-5  # log-odds of samples nearer to 0 or 1 than this are mostly rounding
+
+
+@dataclass(frozen=True)
+class _Offset:
+    """The noise of one draw, if it is one number: log-odds = slope * logit + offset."""
+
+    name: str
+    offset: float
+    error: float
+
+
+def noise_checks(graph: Graph, logits: Mapping[str, Tensor]) -> tuple[list[Finding], list[Finding]]:
+    """Findings and notes on noise that gates share."""
+    offsets: list[_Offset] = []
+    rows: list[str] = []
+    replay = Replay()
+    for index, (name, logit) in enumerate(logits.items()):
+        if logit.numel() < _FEWEST or not logit.is_floating_point():
+            continue
+        for sample in _samples(graph, 1 << index, logit, replay):
+            shared = _read(name, sample, logit)
+            if isinstance(shared, _Offset):
+                offsets.append(shared)
+            elif shared:
+                rows.append(name)
+    shifted = [offset for offset in offsets if abs(offset.offset) > max(10 * offset.error, 1e-3)]
+    drawn = [offset for offset in shifted if not _written(offset)]
+    if not drawn and len({round(offset.offset, 2) for offset in shifted}) > 1:
+        drawn = shifted  # another number in each layer or sample: drawn, and not written down
+    findings = [_shared(drawn)] if drawn else []
+    notes = []
+    if shifted and not drawn:
+        notes.append(
+            Finding(
+                "gates-shifted",
+                f"All gates of {listed(_names(shifted))} share the offset {shifted[0].offset:.4g}, beside their logits.",
+                "As a fixed offset it is harmless. As noise it would be one number for the whole layer.",
+                "If it is noise, draw it for every gate: torch.rand_like(logit).",
+            )
+        )
+    if rows:
+        notes.append(
+            Finding(
+                "noise-shared-in-part",
+                f"Many gates of {listed(sorted(set(rows)))} share their noise with others, by rows or columns as it seems.",
+                "Gates that open and shut together get credit together, so the mask cannot tell them apart well.",
+                "Unless it is meant, draw noise for every gate: torch.rand_like(logit).",
+            )
+        )
+    return findings, notes
+
+
+def _shared(offsets: list[_Offset]) -> Finding:
+    values = ", ".join(f"{offset.offset:.3g}" for offset in offsets[:4])
+    return Finding(
+        "noise-shared",
+        f"All gates of {listed(_names(offsets))} were drawn with one and the same noise value (in log-odds: {values}).",
+        "With one number for a whole layer its gates open and shut together: every sample is a threshold on the "
+        "logits, never a subset of the weights, and the gradient cannot say which weight mattered.",
+        "Draw noise anew for every gate, and not torch.rand(1):\n"
+        "    u = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)\n"
+        "    soft = torch.sigmoid((logit + u.log() - (1 - u).log()) / temperature)",
+    )
+
+
+def _names(offsets: list[_Offset]) -> list[str]:
+    return list(dict.fromkeys(offset.name for offset in offsets))
+
+
+def _samples(graph: Graph, bit: int, logit: Tensor, replay: Replay) -> Iterator[Tensor]:
+    """Results in (0, 1) with the logits' shape, made from these logits alone."""
+    for node in graph.nodes:
+        if graph.reach((node, 0)) != bit or shape_of((node, 0)) != logit.shape:
+            continue
+        name = kind(node)
+        candidates: list[Tensor | None] = []
+        if name in ("Sigmoid", "Div", "Reciprocal") or (name == "Select" and _is_softmax(node)):
+            candidates = [replay.value((node, 0))]
+        elif name == "Tanh":
+            result = replay.value((node, 0))
+            candidates = [None if result is None else (result + 1) / 2]
+        elif isinstance(node, torch.autograd.function.BackwardCFunction):
+            candidates = list(_own_samples(node, logit))
+        for sample in candidates:
+            if sample is not None and bool(((sample >= 0) & (sample <= 1)).all()):
+                yield sample
+
+
+def _is_softmax(node: Node) -> bool:
+    below = edges(node)[0]
+    return below is not None and kind(below[0]) == "Softmax"
+
+
+def _own_samples(node: Node, logit: Tensor) -> Iterator[Tensor]:
+    """Samples that a user's own autograd.Function kept.
+
+    It may keep weights and other things as well, so a sample s must fit the derivative: that is s * (1 - s) up to a
+    number, or up to another tensor that was kept (the weights, where the function multiplies them in).
+    """
+    kept = [tensor.detach().double() for tensor in _kept(node) if tensor.shape == logit.shape]
+    inside = [tensor for tensor in kept if bool(((tensor > 0) & (tensor < 1)).all())]
+    if not inside:
+        return
+    try:
+        (slope,) = gradient_at([((node, 0), 1.0)], [logit], device=logit.device)
+    except (RuntimeError, TypeError, AttributeError):
+        return
+    for sample in inside if slope is not None else []:
+        factor = slope.double() / (sample * (1 - sample))
+        others = [tensor for tensor in kept if tensor is not sample and bool((tensor != 0).all())]
+        if any(_constant(ratio) for ratio in (factor, *(factor / other for other in others))):
+            yield sample
+
+
+def _constant(tensor: Tensor) -> bool:
+    return bool((tensor.max() - tensor.min()) <= 1e-3 * tensor.abs().max()) and bool(tensor.any())
+
+
+def _kept(node: object) -> list[Tensor]:
+    try:
+        kept = getattr(node, "saved_tensors", ())
+    except RuntimeError:
+        return []
+    return [tensor for tensor in kept if isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, torch.float64)]
+
+
+def _read(name: str, sample: Tensor, logit: Tensor) -> _Offset | bool:
+    """The one noise value of this draw; or ``True`` if gates share noise in part; or ``False``."""
+    block = _corner(sample)
+    inner = (block > _EDGE) & (block < 1 - _EDGE)
+    odds, values = torch.logit(block[inner]), _corner(logit.detach().double())[inner]
+    if odds.numel() < _FEWEST:
+        return False
+    # Rounding of a float32 sample near 0 or 1 is magnified by the log-odds; the worst element sets the tolerance.
+    error = float((2e-7 / (block[inner] * (1 - block[inner]))).max()) + 1e-5
+    spread = float(values.max() - values.min())
+    if spread > 1e-3:
+        centred = values - values.mean()
+        slope = float((centred * odds).sum() / (centred * centred).sum())
+        offset = float(odds.mean() - slope * values.mean())
+        if float((odds - slope * values - offset).abs().max()) > 4 * error:
+            return False
+        return _Offset(name, offset, error * (1 + abs(float(values.mean())) / spread))
+    if float(odds.max() - odds.min()) <= 4 * error:
+        return _Offset(name, _offset_at(float(odds.mean()), float(values.mean())), error)
+    exact = logit.dtype in (torch.float32, torch.float64)  # half precision has too few values to call equal ones shared
+    return exact and 2 * len(torch.unique(torch.round(odds / error))) <= odds.numel()
+
+
+def _offset_at(odds: float, logit: float) -> float:
+    """Offset when all logits are equal: none if a temperature that one would write explains the log-odds."""
+    if abs(logit) > 1e-6:
+        ratio = odds / logit
+        for number in (ratio, 1 / ratio if ratio else math.inf):
+            if math.isfinite(number) and 0.01 <= number <= 100 and abs(number - round(number, 2)) < 1e-4 * number:
+                return 0.0
+    return odds - logit
+
+
+def _written(offset: _Offset) -> bool:
+    """Whether a person would write this offset: a short decimal, or the log-odds of one."""
+    value = offset.offset
+    probability = 1 / (1 + math.exp(-max(-30.0, min(30.0, value))))
+    slack = max(2 * offset.error, 2e-5)
+    steepness = probability * (1 - probability)
+    return abs(value - round(value, 2)) < slack or abs(probability - round(probability, 2)) < slack * steepness
+
+
+def _corner(tensor: Tensor) -> Tensor:
+    if tensor.dim() < 2:
+        return tensor.reshape(-1)[: _BLOCK * _BLOCK]
+    return tensor.flatten(1)[:_BLOCK, :_BLOCK].reshape(-1)
