@@ -1,0 +1,356 @@
+"""``MaskedNetwork``: a frozen network, a selection and a gate make a module to call and to train."""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.func import functional_call
+
+from sublens.errors import CutGraphError, MismatchError, SettingError
+from sublens.gates import Gate, GumbelSigmoid
+from sublens.kernels import LOGIT_BOUND
+from sublens.mask import Mask, fingerprint
+from sublens.noise import Draw, parameter_id
+from sublens.selection import Where, select
+from sublens.splitting import Axes, Batch, flatten, join, output_axes
+
+Penalty = Literal["logits", "expected"]
+
+
+class MaskedNetwork(nn.Module):
+    """A frozen network seen through gates: one logit for each selected weight.
+
+    In training mode (``train()``, the state it begins in) every call draws K samples: the batch is split in K chunks of
+    equal size (of sizes that differ by one, if K does not divide it), each goes through its own draw of all gates, and
+    the outputs are joined again. In evaluation mode (``eval()``) every call uses the mask itself.
+
+    The network is never modified. For the time of a call its masked weights are put in by
+    :func:`torch.func.functional_call`, its other parameters are detached, its buffers are copies, and its modules run
+    in evaluation mode: a frozen network does not train, so BatchNorm uses its running statistics and dropout is off.
+    All of that is undone when the call ends, whichever way it ends.
+
+    ``parameters()`` and ``state_dict()`` hold the logits and nothing else. ``to(device)`` moves the network and the
+    logits; the logits stay float32 whatever dtype the network has.
+
+    Args:
+        network: any trained module.
+        keep: keep probability that all gates start from, strictly between 0 and 1 (the paper's text says 0.9; its code
+            starts from a logit of 2.0, which is 0.881).
+        samples: number K of samples per step, 1 or more (the paper: 4, or 8).
+        seed: names the noise; any integer.
+        where: which parameters are masked, see :func:`sublens.select`.
+        biases: also mask the biases of the modules whose weights are masked.
+        gate: the estimator; :class:`sublens.GumbelSigmoid` if not given.
+        batch_dim: dimension of the batch in the first tensor that the network is called with (1 for sequence-first
+            networks).
+
+    Attributes:
+        network: the network.
+        step: number of training calls so far; names the noise of the next one. Not in ``state_dict()``.
+
+    Raises:
+        SettingError: ``keep`` or ``samples`` is impossible.
+        SelectionError: ``where`` matches nothing.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        keep: float = 0.9,
+        samples: int = 4,
+        seed: int = 0,
+        where: Where = None,
+        biases: bool = False,
+        gate: Gate | None = None,
+        batch_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(network, MaskedNetwork):
+            raise SettingError("The network is a MaskedNetwork already; give the network that it masks.")
+        start = initial_logit(keep)
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise SettingError(f"samples is {samples!r}; it must be a whole number of 1 or more (the paper uses 4).")
+        selected = select(network, where, biases=biases)
+        self._network = (network,)  # in a tuple, so that its parameters are not ours
+        self.samples = samples
+        self.seed = seed
+        self.gate = gate if gate is not None else GumbelSigmoid()
+        self.batch_dim = batch_dim
+        self.step = 0
+        self._ids = {name: parameter_id(name) for name in selected}
+        self._fingerprint = fingerprint(network)
+        self._versions = self._weight_versions()
+        self._axes: dict[Any, Axes] = {}
+        self._seen_a_gradient = False
+        self.logits_tree = _Names()
+        for name, parameter in selected.items():
+            logits = torch.full(parameter.shape, start, dtype=torch.float32, device=parameter.device)
+            self.logits_tree.put(name, nn.Parameter(logits))
+
+    @property
+    def network(self) -> nn.Module:
+        """The frozen network."""
+        return self._network[0]
+
+    @property
+    def logits(self) -> dict[str, nn.Parameter]:
+        """Name of each masked parameter -> its logits: float32, of the parameter's shape."""
+        return dict(self.logits_tree.named_parameters())
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the network, see :func:`sublens.fingerprint`.
+
+        Raises:
+            MismatchError: the network's weights are no longer those it was made for.
+        """
+        versions = self._weight_versions()
+        if versions != self._versions:
+            now = fingerprint(self.network)
+            if now != self._fingerprint:
+                raise MismatchError(
+                    "The network's weights have changed since it was masked, so the logits belong to a network that no "
+                    "longer exists. Keep its parameters out of every optimizer (give it masked.parameters(), which are "
+                    "the logits only) and do not load, cast or edit it in between."
+                )
+            self._versions = versions
+        return self._fingerprint
+
+    def mask(self) -> Mask:
+        """The mask as it stands: an element is kept iff its logit is greater than 0.
+
+        Raises:
+            MismatchError: the network has changed since.
+        """
+        return Mask.from_logits(self.logits, self.fingerprint)
+
+    def penalty(self, alpha: float, kind: Penalty = "logits") -> Tensor:
+        """What pushes gates shut, times ``alpha``; add it to the loss.
+
+        ``"logits"`` is the paper's sum of all logits (section 2; its alpha is divided by the batch size there, not
+        here). Logits at the lower bound of -10 get no more gradient from it, so it cannot run away. ``"expected"`` is
+        the expected number of kept elements, the sum of keep probabilities.
+
+        Returns:
+            float32 scalar tensor.
+
+        Raises:
+            SettingError: ``alpha`` is negative or not finite, or ``kind`` is unknown.
+        """
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise SettingError(f"alpha is {alpha}; it must be a finite number of 0 or more. A negative one opens gates.")
+        tensors = tuple(self.logits.values())
+        if kind == "logits":
+            total: Tensor = _SumOfLogits.apply(*tensors)
+        elif kind == "expected":
+            total = torch.stack([torch.sigmoid(t).sum() for t in tensors]).sum()
+        else:
+            raise SettingError(f"The penalty {kind!r} does not exist; there are 'logits' and 'expected'.")
+        return alpha * total
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's own output, for its own arguments, with sampled gates (training) or the mask (evaluation).
+
+        Raises:
+            BatchError: the batch cannot be split into the samples, or the outputs cannot be joined.
+            CutGraphError: at the first training call, the network's output does not depend on any logit.
+        """
+        if not self.training:
+            kept = {name: logits > 0 for name, logits in self.logits.items()}
+            return self._call(lambda name, w: torch.where(kept[name], w, w.new_zeros(())), args, kwargs)
+        with torch.no_grad():
+            for logits in self.logits.values():
+                # Through .data: the values already within the bound do not change, so graphs of earlier calls stay valid.
+                logits.data.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+        step, self.step = self.step, self.step + 1
+        output = self._sampled(step, args, kwargs)
+        if not self._seen_a_gradient:
+            self._check_first_call(output)
+        return output
+
+    def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.samples == 1:
+            return self._call(self._gated(step, 0), args, kwargs)
+        batch = Batch(args, kwargs, self.batch_dim)
+        bounds = batch.bounds(self.samples)
+        outputs = [
+            self._call(self._gated(step, k), *batch.part(bounds[k], bounds[k + 1])) for k in range(self.samples)
+        ]
+        sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return join(outputs, sizes, self._output_axes(batch, outputs[0], sizes[0]))
+
+    def _gated(self, step: int, sample: int) -> Any:
+        logits = self.logits
+
+        def put(name: str, weight: Tensor) -> Tensor:
+            draw = Draw(self.seed, step, sample, self._ids[name])
+            gated: Tensor = _Gated.apply(logits[name], weight, self.gate, draw)
+            return gated
+
+        return put
+
+    def _call(self, put: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the network with ``put(name, weight)`` in place of each masked weight."""
+        masked = {}
+        tensors: dict[str, Tensor] = {}
+        first_names: dict[int, str] = {}
+        logits = self.logits
+        for name, parameter in self.network.named_parameters(remove_duplicate=False):
+            # All names of a tied tensor get the same object, so that it is sampled once.
+            first = first_names.setdefault(id(parameter), name)
+            if first not in masked:
+                weight = parameter.detach()
+                masked[first] = put(first, weight) if first in logits else weight
+            tensors[name] = masked[first]
+        copies: dict[int, Tensor] = {}
+        for name, buffer in self.network.named_buffers(remove_duplicate=False):
+            tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+        with _at_rest(self.network):
+            return functional_call(self.network, tensors, args, kwargs, strict=True)
+
+    def _output_axes(self, batch: Batch, output: Any, size: int) -> Axes:
+        """Where the batch is in the outputs; found once for each kind of call by one more, without gradients."""
+        shapes = tuple(leaf.dim() if isinstance(leaf, Tensor) else type(leaf) for leaf in batch.leaves)
+        key = (shapes, tuple(batch.axes), len(flatten(output)[0]))
+        if key not in self._axes:
+            other = size - 1 if size > 1 else 2
+            with torch.no_grad():
+                second = self._call(lambda name, weight: weight, *batch.part(0, other))
+            leads = self.batch_dim == 0
+            self._axes[key] = output_axes(output, size, second, other, batch_leads=leads)
+        return self._axes[key]
+
+    def _check_first_call(self, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            warnings.warn(
+                "A MaskedNetwork in training mode was called under torch.no_grad() or inference_mode(), so no gradient "
+                "can reach the logits. Call it with gradients to train, or after masked.eval() to evaluate the mask.",
+                stacklevel=4,
+            )
+            return
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flatten(output)[0]):
+            raise CutGraphError(
+                "The network's output does not depend on the logits: inside its forward, something cuts the graph "
+                "(torch.no_grad, detach, .data, .item, or an output computed from unmasked parameters only). "
+                f"Masked are: {', '.join(self.logits)}."
+            )
+        self._seen_a_gradient = True
+
+    def _weight_versions(self) -> tuple[tuple[int, int, int], ...]:
+        return tuple((id(t), t.data_ptr(), t._version) for t in self.network.parameters())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MaskedNetwork":
+        self.network._apply(fn)
+
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        elements = sum(t.numel() for t in self.logits_tree.parameters())
+        return f"{elements:,} logits of {type(self.network).__name__}, samples={self.samples}, gate={self.gate}"
+
+
+def initial_logit(keep: float) -> float:
+    """The logit of a keep probability.
+
+    Raises:
+        SettingError: not strictly between 0 and 1, or beyond the bound on logits.
+    """
+    if not 0.0 < keep < 1.0:
+        hint = ""
+        if math.isfinite(keep):
+            bounded = max(-LOGIT_BOUND, min(LOGIT_BOUND, keep))
+            hint = f" If a logit was meant: a logit of {keep:g} is keep={1 / (1 + math.exp(-bounded)):.3g}."
+        raise SettingError(f"keep is {keep:g}; it is a probability, strictly between 0 and 1.{hint}")
+    logit = math.log(keep / (1.0 - keep))
+    if abs(logit) > LOGIT_BOUND:
+        limit = 1 / (1 + math.exp(-LOGIT_BOUND))
+        raise SettingError(f"keep is {keep!r}; it must be between {1 - limit:.6f} and {limit:.6f}, or gates are stuck.")
+    return logit
+
+
+class _Names(nn.Module):
+    """Parameters under dotted names: a tree of empty modules, so that names never collide as joined ones can."""
+
+    def put(self, name: str, parameter: nn.Parameter) -> None:
+        *path, last = name.split(".")
+        at: nn.Module = self
+        for part in path:
+            if part not in at._modules:
+                at.add_module(part, nn.Module())
+            at = at.get_submodule(part)
+        at.register_parameter(last, parameter)
+
+
+class _Gated(torch.autograd.Function):
+    """A masked weight for one draw. Keeps the logits and the weight for the backward pass, no sample and no noise."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, weight: Tensor, gate: Gate, draw: Draw) -> Tensor:
+        ctx.save_for_backward(logits, weight)
+        ctx.gate, ctx.draw = gate, draw  # type: ignore[attr-defined]
+        return gate.masked(weight, logits.detach(), draw)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        logits, weight = ctx.saved_tensors
+        return ctx.gate.logit_gradient(gradient, weight, logits.detach(), ctx.draw), None, None, None
+
+
+class _SumOfLogits(torch.autograd.Function):
+    """Sum of all logits; no gradient for logits at or below the lower bound."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *logits: Tensor) -> Tensor:
+        ctx.save_for_backward(*logits)
+        return torch.stack([t.sum() for t in logits]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient * (t > -LOGIT_BOUND) for t in ctx.saved_tensors)
+
+
+@contextmanager
+def _at_rest(network: nn.Module) -> Iterator[None]:
+    """The network's modules in evaluation mode; what calls change in them is put back."""
+    modules = list(network.modules())
+    training = [m for m in modules if m.training]
+    # Recurrent layers keep a list of their weights, which a functional call replaces and does not restore.
+    flat = [(m, m.__dict__["_flat_weights"], m.__dict__.get("_flat_weight_refs"))
+            for m in modules if "_flat_weights" in m.__dict__]  # fmt: skip
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        for m, weights, refs in flat:
+            m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = weights, refs
+
+
+def load_logits(masked: MaskedNetwork, logits: Mapping[str, Tensor]) -> None:
+    """Put stored logits (name -> float32 tensor) into a masked network.
+
+    Raises:
+        MismatchError: names or shapes differ.
+    """
+    own = masked.logits
+    if {k: tuple(v.shape) for k, v in own.items()} != {k: tuple(v.shape) for k, v in logits.items()}:
+        raise MismatchError(
+            f"The logits are for {sorted(logits)}, but the selection masks {sorted(own)}, or their shapes differ. "
+            "Use the selection they were trained with."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(logits[name])

@@ -1,0 +1,205 @@
+"""Splitting a network's inputs into chunks of the batch, and joining the outputs again.
+
+Nothing here knows of masks. The batch is followed by sizes: an input tensor is split where its size is the batch's, and
+where an output follows the batch is found once, by running the network a second time on a batch of another size.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from sublens.errors import BatchError
+
+Rebuild = Callable[[Sequence[Any]], Any]
+
+
+def flatten(tree: Any) -> tuple[list[Any], Rebuild]:
+    """The leaves of nested tuples, lists, mappings and dataclasses, and a function that puts others in their places."""
+    if isinstance(tree, PackedSequence):
+        raise BatchError(
+            "A PackedSequence cannot be split into chunks of the batch. Pack inside the network's forward, from a "
+            "padded tensor and its lengths, or use samples=1."
+        )
+    if isinstance(tree, Mapping):
+        keys, kind = list(tree), type(tree)
+        # Dataclass mappings (model outputs) take their entries by keyword; plain ones take a dict.
+        return _branch([tree[k] for k in keys], lambda v: _mapping(kind, dict(zip(keys, v, strict=True))))
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return _branch(list(tree), lambda v: type(tree)(*v))
+    if isinstance(tree, (tuple, list)):
+        return _branch(list(tree), lambda v: type(tree)(v))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [f.name for f in dataclasses.fields(tree) if f.init]
+        return _branch(
+            [getattr(tree, n) for n in names],
+            lambda v: dataclasses.replace(tree, **dict(zip(names, v, strict=True))),
+        )
+    return [tree], lambda v: v[0]
+
+
+def _mapping(kind: type, entries: dict[Any, Any]) -> Any:
+    return kind(**entries) if dataclasses.is_dataclass(kind) else kind(entries)
+
+
+def _branch(children: list[Any], build: Callable[[list[Any]], Any]) -> tuple[list[Any], Rebuild]:
+    parts = [flatten(child) for child in children]
+    leaves = [leaf for part, _ in parts for leaf in part]
+
+    def rebuild(values: Sequence[Any]) -> Any:
+        built, at = [], 0
+        for part, child in parts:
+            built.append(child(values[at : at + len(part)]))
+            at += len(part)
+        return build(built)
+
+    return leaves, rebuild
+
+
+class Batch:
+    """The inputs of one call, and where the batch is in each of them.
+
+    The first tensor among the arguments leads: its size along ``batch_dim`` is the batch size B. Every other tensor is
+    split along ``batch_dim`` if its size there is B, otherwise along the only dimension of size B (the state of an LSTM
+    has the batch second, whatever the sequence has), otherwise it goes whole into every chunk.
+
+    Args:
+        args: positional arguments of the network.
+        kwargs: keyword arguments.
+        batch_dim: dimension of the batch in the leading tensor; negative ones count from the end.
+
+    Raises:
+        BatchError: there is no tensor, the leading one has no such dimension, or a tensor's place cannot be told.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int) -> None:
+        self.leaves, self._rebuild = flatten((args, kwargs))
+        lead = next((leaf for leaf in self.leaves if isinstance(leaf, Tensor)), None)
+        if lead is None:
+            raise BatchError("The network was called without any tensor, so there is no batch to split.")
+        if not -lead.dim() <= batch_dim < lead.dim():
+            raise BatchError(
+                f"batch_dim is {batch_dim}, but the first tensor has shape {tuple(lead.shape)}. "
+                "Give the dimension along which the examples of the batch stand."
+            )
+        self.size = lead.shape[batch_dim]
+        self.axes = [self._axis(leaf, lead, batch_dim) if isinstance(leaf, Tensor) else None for leaf in self.leaves]
+
+    def _axis(self, leaf: Tensor, lead: Tensor, batch_dim: int) -> int | None:
+        fitting = [d for d in range(leaf.dim()) if leaf.shape[d] == self.size]
+        wanted = batch_dim % lead.dim()
+        if leaf is not lead and len(fitting) == leaf.dim() == 2 and leaf.shape != lead.shape:
+            raise BatchError(
+                f"A {leaf.shape[0]} x {leaf.shape[1]} input could be a table over the batch or one (an attention mask, "
+                f"say) that is the same for all examples, because the batch size is {self.size} too. "
+                "Use another batch size."
+            )
+        if wanted in fitting:
+            return wanted
+        return fitting[0] if len(fitting) == 1 else None
+
+    def part(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for the examples ``start`` to ``stop - 1``; tensors are views."""
+        leaves = [
+            leaf if axis is None else leaf.narrow(axis, start, stop - start)
+            for leaf, axis in zip(self.leaves, self.axes, strict=True)
+        ]
+        args, kwargs = self._rebuild(leaves)
+        return args, kwargs
+
+    def bounds(self, chunks: int) -> list[int]:
+        """Where the chunks begin and end: ``chunks + 1`` ascending numbers, sizes differing by one at most.
+
+        Raises:
+            BatchError: fewer examples than chunks.
+        """
+        if self.size < chunks:
+            raise BatchError(
+                f"A batch of {self.size} cannot be split for {chunks} samples. "
+                f"Use samples={max(self.size, 1)} or fewer, or batches of at least {chunks}."
+            )
+        share, more = divmod(self.size, chunks)
+        return [i * share + min(i, more) for i in range(chunks + 1)]
+
+
+Axes = list[int | None]
+
+
+def output_axes(first: Any, first_size: int, second: Any, second_size: int, *, batch_leads: bool) -> Axes:
+    """Where the batch is in each leaf of an output, seen from two outputs for batches of different sizes.
+
+    Args:
+        first: an output.
+        first_size: its number of examples.
+        second: the same network's output for another number of examples.
+        second_size: that number.
+        batch_leads: whether the batch is dimension 0 of the input, so that a dimension that holds a multiple of the
+            batch (examples times positions, flattened) is in order of examples.
+
+    Returns:
+        A dimension for each leaf, or ``None`` for a leaf that does not grow with the batch.
+
+    Raises:
+        BatchError: a leaf's shape changes in a way that cannot be joined.
+    """
+    axes: Axes = []
+    for one, two in zip(flatten(first)[0], flatten(second)[0], strict=True):
+        if not isinstance(one, Tensor):
+            axes.append(None)
+            continue
+        changed = [d for d in range(one.dim()) if one.shape[d] != two.shape[d]]
+        if len(changed) > 1 or one.dim() != two.dim():
+            raise BatchError(
+                f"An output has shape {tuple(one.shape)} for {first_size} examples and {tuple(two.shape)} for "
+                f"{second_size}; the chunks of a batch cannot be joined along one dimension. Use samples=1."
+            )
+        if changed:
+            d = changed[0]
+            multiple = one.shape[d] * second_size == two.shape[d] * first_size
+            if not (multiple and (one.shape[d] == first_size or batch_leads)):
+                raise BatchError(
+                    f"Dimension {d} of an output has size {one.shape[d]} for {first_size} examples and {two.shape[d]} "
+                    f"for {second_size}, so it is not known how to join the chunks of a batch. Use samples=1."
+                )
+        axes.append(changed[0] if changed else None)
+    return axes
+
+
+def join(outputs: Sequence[Any], sizes: Sequence[int], axes: Axes) -> Any:
+    """One output from those of the chunks, in order.
+
+    Leaves that follow the batch are concatenated. Floating-point tensors that do not (a loss computed inside the
+    network, say) are averaged with the chunks' sizes as weights; other leaves must be equal in all chunks.
+
+    Raises:
+        BatchError: a leaf differs between the chunks and cannot be averaged.
+    """
+    parts = [flatten(output)[0] for output in outputs]
+    rebuild = flatten(outputs[0])[1]
+    total = sum(sizes)
+    joined = []
+    for axis, leaves in zip(axes, zip(*parts, strict=True), strict=True):
+        head = leaves[0]
+        if axis is not None:
+            joined.append(torch.cat(leaves, dim=axis))
+        elif isinstance(head, Tensor) and head.is_floating_point():
+            same = all(leaf is head for leaf in leaves)
+            weighted = (leaf * (size / total) for leaf, size in zip(leaves, sizes, strict=True))
+            joined.append(head if same else sum(weighted, torch.zeros_like(head)))
+        elif all(_equal(head, leaf) for leaf in leaves):
+            joined.append(head)
+        else:
+            raise BatchError(
+                f"The chunks of a batch gave different outputs of type {type(head).__name__} that cannot be joined. "
+                "Use samples=1."
+            )
+    return rebuild(joined)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    return a is b or bool(a == b)
