@@ -34,12 +34,12 @@ def select(network: nn.Module, where: Where = None, *, biases: bool = False) -> 
     - ``"encoder.0.weight"``, the name of a parameter: that one, whatever it is.
     - ``"encoder"``, the name of a module: what ``None`` would select in it. If it is itself an embedding or a norm: its
       weights.
-    - ``"encoder.*.weight"``, a glob (``*`` matches dots too): every parameter whose name matches, whatever it is; if there
-      is none, the modules whose names match.
+    - ``"encoder.*.weight"``, a glob (``*`` matches dots too): every parameter whose name matches, whatever it is; if
+      there is none, the modules whose names match.
     - ``nn.Linear``, a module class: as the name of each module of this class.
     - ``predicate(name, parameter, module)``: where it returns ``True``; ``module`` is the one that holds the parameter.
-    - ``"!head"``: not this, a name or a glob as above, and not what is below a module. It wins over everything else. Alone,
-      it is taken from the selection of ``None``.
+    - ``"!head"``: not this, a name or a glob as above, and not what is below a module. It wins over everything else.
+      Alone, it is taken from the selection of ``None``.
     - a sequence of these: the union.
 
     A parameter is a bias, and no weight, if a part of its own name between underscores is ``bias`` (``bias``,

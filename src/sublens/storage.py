@@ -97,7 +97,9 @@ def hash_tensors(tensors: Mapping[str, Tensor], header: str | None = None) -> st
         tensor = tensors[name]
         title = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         digest.update(_canonical(title).encode() + b"\n")
-        digest.update(memoryview(_plain(name, tensor).reshape(-1).view(torch.uint8).numpy()))
+        plain = _plain(name, tensor)
+        # Not reshape(-1): tensors of one or no element count as contiguous with any stride, which view() then refuses.
+        digest.update(plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -242,7 +244,7 @@ def load_logits(path: str | os.PathLike[str], network: str | None = None) -> tup
     found = fingerprint_entry(path, entry)
     if network is not None and found != network:
         raise MismatchError(
-            f"{_name(path)} holds logits of network {found[:12]}, not of {network[:12]}: weights, names or shapes differ"
+            f"{_name(path)} holds logits of network {found[:12]}, not of {network[:12]}: the weights differ"
         )
     return tensors, found
 
@@ -386,9 +388,9 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file beside ``path`` that replaces it when the block ends well, and vanishes when it does not."""
     target = Path(path)
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise FileError(f"{_name(path)} cannot be written: its folder does not exist; make the folder first")
-    if not target.name or target.is_dir():
+    if not target.name or os.path.isdir(target):
         raise FileError(f"{_name(path)} cannot be written: it is a folder; pass the path of a file")
     temporary = target.parent / f".{target.name[:50]}.{secrets.token_hex(4)}.tmp"
     try:
