@@ -8,8 +8,9 @@ import hashlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sublens.errors import StudyError
@@ -21,6 +22,14 @@ PAPER_KEEP = 1 / (1 + math.exp(-2.0))
 """Keep probability all gates start with in the paper's code: a logit of 2.0, a probability of 0.88."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+_TAKEN = {"network", "analysis", "total", "part", "step", "loss", "penalty", "kept", "gradient_norm"}
+
+
+def repeat_of(name: str) -> str:
+    """Return the name of the second mask of task ``name``, trained with another seed."""
+    return f"{name}-repeat"
 
 
 def seed_from(*parts: object) -> int:
@@ -39,10 +48,10 @@ class Task:
 
     Attributes:
         name: letters, digits, ``.``, ``_`` and ``-``; it names the mask and its file.
-        batches: ``batches(step) -> batch``, or ``batches(step, seed) -> batch``. It must be a pure function, so that a
-            killed run can be resumed to the same bits. With a parameter called ``seed`` it receives a number that is
-            different for every part of a run (the network, each mask) and every seed of a run; without one, every part
-            sees the same batches.
+        batches: ``batches(step) -> batch``, or ``batches(step, seed) -> batch``, or something to iterate over again and
+            again, such as a DataLoader. A function must be a pure one, so that a killed run can be resumed to the same
+            bits; torch's random numbers are seeded before each call, so it may draw from them. With a parameter called
+            ``seed`` it receives a number of its own for every part of a run (the network, each mask) and every run.
         loss: ``loss(net, batch) -> scalar tensor``, written as for the plain network: call ``net`` once.
         metric: ``metric(net) -> float`` in 0..1, such as an accuracy on held-out data. It is called in evaluation mode
             and without gradients.
@@ -52,29 +61,28 @@ class Task:
     """
 
     name: str
-    batches: Callable[..., Any]
+    batches: Callable[..., Any] | Iterable[Any]
     loss: "Callable[[nn.Module, Any], Tensor]"
     metric: "Callable[[nn.Module], float]"
 
     def __post_init__(self) -> None:
         _check_name("task", self.name)
         for part in ("batches", "loss", "metric"):
-            if not callable(getattr(self, part)):
-                raise StudyError(
-                    f"Task {self.name!r}: {part} must be a function, not {_kind(getattr(self, part))}."
-                    + (" Give batches(step) -> batch; for a list: lambda step: data[step % len(data)]."
-                       if part == "batches" else "")
-                )  # fmt: skip
+            value = getattr(self, part)
+            if not callable(value) and not (part == "batches" and isinstance(value, Iterable)):
+                also = " or something to iterate over, such as a DataLoader" if part == "batches" else ""
+                raise StudyError(f"Task {self.name!r}: {part} must be a function{also}, not {_kind(value)}.")
 
-    def batches_for(self, seed: int) -> Callable[[int], Any]:
-        """Return ``batches`` as a function of the step alone, with ``seed`` put in if it asks for one."""
+    def batches_for(self, seed: int) -> Callable[[int], Any] | Iterable[Any]:
+        """Return ``batches`` as ``fit`` takes them, with ``seed`` put in if they ask for one."""
+        batches = self.batches
+        if not callable(batches):
+            return batches
         try:
-            asks_for_seed = "seed" in inspect.signature(self.batches).parameters
+            asks_for_seed = "seed" in inspect.signature(batches).parameters
         except (TypeError, ValueError):  # some builtins have no signature
             asks_for_seed = False
-        if not asks_for_seed:
-            return self.batches
-        return lambda step: self.batches(step, seed=seed)
+        return partial(batches, seed=seed) if asks_for_seed else batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,16 +166,24 @@ class Study:
                 f"Study {self.name!r}: several tasks are called {', '.join(sorted(twice))}. Each task, and the control,"
                 " needs a name of its own, since it names the mask's file."
             )
+        taken = sorted((_TAKEN | {repeat_of(name) for name in self.repeated}).intersection(names))
+        if taken:
+            raise StudyError(
+                f"Study {self.name!r}: no task can be called {', '.join(taken)}, a name that every run uses itself."
+                " Rename it."
+            )
         unknown = [name for name in self.repeated if name not in names]
         if unknown:
-            raise StudyError(f"Study {self.name!r}: repeated names {', '.join(unknown)}; its tasks: {', '.join(names)}.")
+            raise StudyError(
+                f"Study {self.name!r}: repeated names {', '.join(unknown)}; its tasks: {', '.join(names)}."
+            )
         for name, kinds, low, strict in _RANGES:
             value = getattr(self, name)
             right = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
             if not right or value < low or (strict and value == low):
                 kind = "a whole number" if kinds is int else "a number"
                 raise StudyError(
-                    f"Study {self.name!r}: {name}={value!r} must be {kind} {'above' if strict else 'of at least'} {low}."
+                    f"Study {self.name!r}: {name}={value!r} must be {kind}, {'above' if strict else 'at least'} {low}."
                 )
         if not self.keep < 1:
             raise StudyError(f"Study {self.name!r}: keep={self.keep!r} is a probability and must lie between 0 and 1.")

@@ -50,9 +50,7 @@ def problems() -> Problems:
         chosen[:, operation] = 1
         blocks.append(torch.cat([digits, chosen], dim=1))
     answers = results.flatten()
-    return Problems(
-        inputs=torch.cat(blocks), digits=torch.stack([answers // 10, answers % 10], dim=1), results=results
-    )
+    return Problems(inputs=torch.cat(blocks), digits=torch.stack([answers // 10, answers % 10], dim=1), results=results)
 
 
 def rows_of(operations: Sequence[str]) -> Tensor:

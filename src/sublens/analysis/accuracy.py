@@ -1,0 +1,96 @@
+"""How well a network does under a mask, its inverse, half of it, and random masks of the same size."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sublens.errors import SettingError
+from sublens.mask import Mask
+
+Metrics = Mapping[str, Callable[[nn.Module], float]]
+
+
+@contextmanager
+def measuring(network: nn.Module) -> Iterator[nn.Module]:
+    """Put ``network`` into evaluation mode, without gradients; every module's training flag returns afterwards."""
+    flags = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        with torch.no_grad():
+            yield network
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def accuracies(network: nn.Module, metrics: Metrics, mask: Mask | None = None) -> dict[str, float]:
+    """Return every metric of ``network``, or of ``network`` under ``mask``. The weights are the same afterwards."""
+    with measuring(network) as net:
+        if mask is None:
+            return {name: float(metric(net)) for name, metric in metrics.items()}
+        with mask.applied(net):
+            return {name: float(metric(net)) for name, metric in metrics.items()}
+
+
+def first_half(names: Sequence[str]) -> list[str]:
+    """Return the first half of the layers, in their order; of an odd number the larger half, as in the paper's code."""
+    return list(names[: math.ceil(len(names) / 2)])
+
+
+def interrogate(
+    network: nn.Module,
+    mask: Mask,
+    metrics: Metrics,
+    *,
+    half: Sequence[str] | None = None,
+    draws: int = 10,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Ask a mask the paper's questions.
+
+    Args:
+        network: the network the mask was trained on.
+        mask: the mask.
+        metrics: what is measured, by name, each in 0..1.
+        half: names of the layers that count as the first half; ``None``: see :func:`first_half`.
+        draws: random masks to measure.
+        seed: seed of the random masks.
+
+    Returns:
+        ``accuracy``; ``inverse_accuracy`` (the weights that the mask removes, alone); ``half_accuracy`` (the mask in
+        the first half of the layers, the rest kept whole) and ``late_half_accuracy`` (the other way round);
+        ``random_accuracy`` (mean, lowest and highest of random masks that keep as many weights in each layer);
+        ``kept`` and ``kept_per_layer`` (fractions).
+
+    Raises:
+        SettingError: ``half`` names layers that the mask does not have.
+    """
+    early = first_half(mask.names) if half is None else list(half)
+    unknown = [name for name in early if name not in mask.names]
+    if unknown:
+        raise SettingError(f"The first half names {', '.join(unknown)}; the masked layers are {', '.join(mask.names)}.")
+    late = [name for name in mask.names if name not in early]
+    answers: dict[str, Any] = {
+        "accuracy": accuracies(network, metrics, mask),
+        "inverse_accuracy": accuracies(network, metrics, ~mask),
+        "half_accuracy": accuracies(network, metrics, mask.only(early)),
+        # A network of one layer has no second half: then nothing is masked.
+        "late_half_accuracy": accuracies(network, metrics, mask.only(late) if late else None),
+        "kept": mask.kept,
+        "kept_per_layer": mask.kept_per_layer(),
+    }
+    if draws:
+        drawn = [accuracies(network, metrics, Mask.random_like(mask, seed + draw)) for draw in range(draws)]
+        answers["random_accuracy"] = {
+            name: {
+                "mean": sum(one[name] for one in drawn) / draws,
+                "low": min(one[name] for one in drawn),
+                "high": max(one[name] for one in drawn),
+            }
+            for name in metrics
+        }
+    return answers

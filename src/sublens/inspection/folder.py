@@ -1,0 +1,163 @@
+"""The run folder: what lies where, when a folder may be used, and which parts of a run are already finished.
+
+While a run is going on, ``unfinished/`` holds the checkpoints. A part of the run is finished when its file is there:
+``network.safetensors``, or ``masks/NAME.safetensors``. Every file appears whole or not at all.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sublens.errors import FileError, MismatchError, SettingError
+from sublens.fit.settings import Record
+from sublens.storage import atomic_write_text
+from sublens.study import Study
+
+
+def default_folder(study: Study, seed: int) -> Path:
+    """Return ``runs/STUDY-PRESET-seedSEED``."""
+    return Path("runs") / "-".join(filter(None, (study.name, study.preset, f"seed{seed}")))
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+class Folder:
+    """A run's folder, opened to begin it or, with ``resume``, to go on with it.
+
+    Args:
+        path: the folder; it is made if it does not exist.
+        config: what the run is made of (JSON values). A run is only resumed with the same.
+        resume: whether what is there may be gone on with.
+
+    Raises:
+        SettingError: the folder is not empty and ``resume`` is false, or it holds something else than a run.
+        MismatchError: it holds another run; the differences are named.
+        FileError: it cannot be used.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
+        config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
+        try:
+            occupied = path.exists() and any(path.iterdir())
+        except OSError as error:
+            raise FileError(f"Cannot use {path} as a run folder: {error.strerror or error}.") from error
+        if occupied:
+            self._check(config, resume)
+        try:
+            self.masks.mkdir(parents=True, exist_ok=True)
+            if not occupied:
+                self.write_json("config.json", config)
+        except OSError as error:
+            raise FileError(f"Cannot make the run folder {path}: {error.strerror or error}.") from error
+
+    def _check(self, config: Mapping[str, Any], resume: bool) -> None:
+        if not resume:
+            raise SettingError(
+                f"The folder {self.path} is not empty. Give another folder (--out), or resume the run in it (--resume)."
+            )
+        written = self.read_json("config.json")
+        if written is None:
+            raise SettingError(
+                f"The folder {self.path} holds files but no run of sublens (no config.json)."
+                " Give another folder (--out)."
+            )
+        differences = _differences(written, config)
+        if differences:
+            raise MismatchError(
+                f"The run in {self.path} is another one: {'; '.join(differences)}. Resume it with what it was started"
+                " with, or give another folder (--out)."
+            )
+
+    @property
+    def masks(self) -> Path:
+        """The folder of the masks."""
+        return self.path / "masks"
+
+    @property
+    def network(self) -> Path:
+        """The file of the network's weights."""
+        return self.path / "network.safetensors"
+
+    def mask(self, name: str) -> Path:
+        """Return the file of a mask."""
+        return self.masks / f"{name}.safetensors"
+
+    def checkpoints(self, part: str) -> Path:
+        """Return the folder of a part's checkpoint while it is being trained."""
+        return self.path / "unfinished" / part
+
+    def finish(self, part: str, history: list[Record], seconds: float) -> None:
+        """Write down a part's history and wall time, before its own file says that it is finished."""
+        lines = [json.dumps({"part": part, **record}, allow_nan=False) for record in history]
+        earlier = [line for line in self._history() if json.loads(line)["part"] != part]
+        atomic_write_text(self.path / "history.jsonl", "".join(f"{line}\n" for line in (*earlier, *lines)))
+        atomic_write_text(self._seconds_file, json.dumps({**self.seconds(), part: seconds}))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the wall time of every part finished so far."""
+        found = self.read_json("unfinished/seconds.json")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def _seconds_file(self) -> Path:
+        folder = self.path / "unfinished"
+        folder.mkdir(exist_ok=True)
+        return folder / "seconds.json"
+
+    def _history(self) -> list[str]:
+        path = self.path / "history.jsonl"
+        return path.read_text("utf-8").splitlines() if path.exists() else []
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, atomically."""
+        atomic_write_text(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Return what a JSON file of the folder holds, or ``None`` if it is not there.
+
+        Raises:
+            FileError: it is there but is not JSON.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise FileError(f"{path} cannot be read as JSON: {error}. Give another folder (--out).") from error
+
+    def tidy(self) -> None:
+        """Remove the checkpoints of a finished run."""
+        shutil.rmtree(self.path / "unfinished", ignore_errors=True)
+
+
+def _differences(written: Any, asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+    if not isinstance(written, dict):
+        return ["its config.json is not that of a run"]
+    found = []
+    for key in (*asked, *(key for key in written if key not in asked)):
+        before, now = written.get(key), asked.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            found.append(f"{prefix}{key} was {_short(before)} and is now {_short(now)}")
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,226 @@
+"""``inspect``: from a study to a finished run folder."""
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+import sublens
+from sublens.analysis import accuracies, interrogate, measuring, overlap
+from sublens.errors import SettingError, StudyError
+from sublens.fit import fit
+from sublens.inspection.folder import Folder, default_folder, hash_of
+from sublens.inspection.network import load_network, save_network, train_network
+from sublens.mask import Mask
+from sublens.study import Study, Task, repeat_of, seed_from
+
+_PACKAGES = ("torch", "numba", "numpy", "safetensors")
+
+
+def inspect(
+    study: Study,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    samples: int | None = None,
+    alpha: float | None = None,
+    resume: bool = False,
+    network: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    report: bool = True,
+) -> dict[str, Any]:
+    """Train a study's network and its masks, ask the masks every question, and write the run folder.
+
+    The same study and arguments give the same masks and the same ``result.json``, bit for bit but for its wall times,
+    on one machine with the same versions and number of threads; also if the run was killed in between and resumed.
+
+    Args:
+        study: the study.
+        out: run folder; by default ``runs/STUDY-PRESET-seedSEED``. It must be empty or not exist, unless ``resume``.
+        seed: of the network, the data order and the gates' noise.
+        steps: training steps of each mask, instead of the study's.
+        samples: draws per step, instead of the study's.
+        alpha: weight of the penalty before the division by the batch size, instead of the study's.
+        resume: go on with the run in ``out``, if there is one. Finished parts are not done again.
+        network: file of weights (``.safetensors``, ``.pt``, ``.pth``); the network is then not trained.
+        progress: whether to show how far the training is.
+        report: whether to write ``report.html`` and ``figures/``.
+
+    Returns:
+        What ``result.json`` holds; see ``docs/studies.md``.
+
+    Raises:
+        SettingError: an argument is impossible, or the folder is in use.
+        MismatchError: the folder holds another run, or the weights do not fit the network.
+        FileError: a file cannot be read or written.
+    """
+    if not isinstance(study, Study):
+        raise StudyError(f"inspect takes a sublens.Study, such as study() returns, not a {type(study).__name__}.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise SettingError(f"seed={seed!r} must be a whole number from 0 to 2**63-1.")
+    changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha}
+    study = dataclasses.replace(study, **{name: value for name, value in changes.items() if value is not None})
+    weights = None if network is None else Path(network)
+    config = _config(study, seed, None if weights is None else hash_of(weights))
+    folder = Folder(default_folder(study, seed) if out is None else Path(out), config, resume=resume)
+    result = cast(dict[str, Any] | None, folder.read_json("result.json"))
+    if result is None:
+        net = _network(study, seed, folder, weights, progress)
+        masks = {name: _mask(study, task, name, net, seed, folder, progress) for name, task in _parts(study).items()}
+        clock = time.perf_counter()
+        answers = _answers(study, net, masks, seed)
+        seconds = {**folder.seconds(), "analysis": time.perf_counter() - clock}
+        seconds["total"] = sum(seconds.values())
+        rounded = {name: round(value, 2) for name, value in seconds.items()}
+        result = {**config, "versions": _versions(), "seconds": rounded, **answers}
+        folder.write_json("result.json", result)
+    folder.tidy()
+    if report:
+        from sublens.report import write_report  # matplotlib is slow to import, and not needed before
+
+        write_report(folder.path)
+    return result
+
+
+def _parts(study: Study) -> dict[str, Task]:
+    """Return every mask of the study by name: the control, the tasks, and the repeated ones."""
+    tasks = {task.name: task for task in (study.control, *study.tasks)}
+    return {**tasks, **{repeat_of(name): tasks[name] for name in study.repeated}}
+
+
+def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
+    """Return everything a run depends on that can be written down."""
+    plain = (
+        "network_steps", "network_lr", "network_clip", "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
+        "penalty", "keep", "samples", "biases", "batch_dim", "evaluate_every", "first_half", "repeated", "random_masks",
+    )  # fmt: skip
+    settings = {name: getattr(study, name) for name in plain}
+    settings["where"] = study.where if study.where is None or isinstance(study.where, str) else _described(study.where)
+    settings["tasks"] = [task.name for task in study.tasks]
+    settings["control"] = study.control.name
+    settings["study"] = study.settings
+    settings["network_file_sha256"] = weights
+    return {"study": study.name, "preset": study.preset, "seed": seed, "settings": settings}
+
+
+def _described(where: Any) -> Any:
+    if isinstance(where, (list, tuple)):
+        return [_described(item) for item in where]
+    return where if isinstance(where, str) else getattr(where, "__qualname__", type(where).__qualname__)
+
+
+def _network(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
+    if folder.network.exists():
+        return load_network(study, seed, folder.network)
+    if weights is not None:
+        net = load_network(study, seed, weights)
+        folder.finish("network", [], 0.0)
+    else:
+        net, history, seconds = train_network(
+            study, seed, folder.checkpoints("network"), "network" if progress else False
+        )
+        folder.finish("network", history, seconds)
+    save_network(net, folder.network)
+    return net
+
+
+def _mask(study: Study, task: Task, name: str, net: nn.Module, seed: int, folder: Folder, progress: bool) -> Mask:
+    if folder.mask(name).exists():
+        return Mask.load(folder.mask(name), net)
+    part_seed = seed_from(seed, name)
+    metrics = _metrics(study)
+    run = fit(
+        net,
+        task.batches_for(part_seed),
+        task.loss,
+        steps=study.mask_steps,
+        alpha=study.alpha / study.batch_size,
+        penalty=cast(Any, study.penalty),
+        keep=study.keep,
+        samples=study.samples,
+        seed=part_seed,
+        where=study.where,
+        biases=study.biases,
+        batch_dim=study.batch_dim,
+        lr=study.mask_lr,
+        clip=study.mask_clip,
+        evaluate=lambda masked: {task: float(metric(masked)) for task, metric in metrics.items()},
+        evaluate_every=study.evaluate_every,
+        folder=folder.checkpoints(name),
+        resume=True,
+        progress=f"mask {name}" if progress else False,
+    )
+    folder.finish(name, run.history, run.seconds)
+    run.mask.save(folder.mask(name))
+    return run.mask
+
+
+def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:
+    return {task.name: task.metric for task in study.tasks}
+
+
+def _answers(study: Study, net: nn.Module, masks: dict[str, Mask], seed: int) -> dict[str, Any]:
+    """Ask every question; see ``docs/studies.md`` for what each answer means."""
+    metrics = _metrics(study)
+    repeats = {name: masks[repeat_of(name)] for name in study.repeated}
+    asked = {name: masks[name] for name in (study.control.name, *metrics)}
+    overlaps = [
+        {"masks": [first, second], **overlap(masks[first], masks[second])} for first, second in combinations(metrics, 2)
+    ]
+    answers: dict[str, Any] = {
+        "network": {"accuracy": accuracies(net, metrics)},
+        "masks": {
+            name: interrogate(
+                net,
+                mask,
+                metrics,
+                half=study.first_half,
+                draws=study.random_masks,
+                seed=seed_from(seed, name, "random"),
+            )
+            for name, mask in asked.items()
+        },
+        "overlap": overlaps[0] if overlaps else None,
+        "repeats": {
+            name: {
+                "accuracy": accuracies(net, metrics, mask),
+                "kept": mask.kept,
+                "overlap": {"masks": [name, repeat_of(name)], **overlap(masks[name], mask)},
+            }
+            for name, mask in repeats.items()
+        },
+    }
+    if len(overlaps) > 1:
+        answers["overlaps"] = overlaps
+    if study.confusion is not None:
+        answers["confusion"] = {"network": _confusion(study, net, None)}
+        answers["confusion"] |= {name: _confusion(study, net, mask) for name, mask in asked.items()}
+    return answers
+
+
+def _confusion(study: Study, net: nn.Module, mask: Mask | None) -> dict[str, dict[str, float]]:
+    asked = cast(Callable[[nn.Module], dict[str, dict[str, float]]], study.confusion)
+    with measuring(net):
+        if mask is None:
+            return asked(net)
+        with mask.applied(net):
+            return asked(net)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"sublens": sublens.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return {**versions, "threads": str(torch.get_num_threads())}

@@ -1,0 +1,91 @@
+"""Addition and multiplication in one network (paper, section 3.1): does each use weights of its own?
+
+Two numbers of two digits and an operation go in, the result modulo 100 comes out. The network learns both operations; a
+mask is trained for each, and a control mask for both.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sublens.errors import StudyError
+from sublens.studies.arithmetic import INPUTS, OPERATIONS, OUTPUTS, confusion, task
+from sublens.studies.networks import RepeatedLSTM, feed_forward
+from sublens.study import Study
+
+_BATCH = 128
+_PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's settings are the defaults of Study.
+    "paper": {"train_samples": 1_000_000, "validation_samples": 10_000},
+    # Larger steps against a stronger penalty: as sparse after 3,000 steps as the paper's settings after about 11,000.
+    "quick": {
+        "network_steps": 5_000,
+        "network_lr": 2e-3,
+        "mask_steps": 3_000,
+        "mask_lr": 2e-2,
+        "alpha": 2e-4,
+        "evaluate_every": 500,
+        "repeated": ("add",),
+    },
+}
+_WIDEST = 100_000
+
+
+def study(preset: str = "quick", *, widths: Sequence[int] = (400, 400, 200)) -> Study:
+    """Return the study of a feed-forward network.
+
+    Args:
+        preset: ``"quick"`` (minutes) or ``"paper"`` (the paper's steps and settings).
+        widths: widths of the hidden layers. The paper's are 400-400-200, and four layers of 800, 2000 or 4000.
+
+    Raises:
+        StudyError: no such preset, or an impossible width.
+    """
+    if not widths or any(not isinstance(width, int) or not 1 <= width <= _WIDEST for width in widths):
+        raise StudyError(f"widths={widths!r} must be whole numbers from 1 to {_WIDEST:,}, such as 400,400,200.")
+    return _study(
+        preset,
+        name="add-mul",
+        description="Addition and multiplication modulo 100 in one feed-forward network",
+        network=lambda seed: feed_forward(INPUTS, widths, OUTPUTS),
+        settings={"widths": list(widths)},
+    )
+
+
+def recurrent(preset: str = "quick", *, width: int = 256, layers: int = 2) -> Study:
+    """Return the study of an LSTM that is shown the problem for three steps and answers at the last.
+
+    Args:
+        preset: as for :func:`study`.
+        width: size of its state.
+        layers: number of its layers.
+
+    Raises:
+        StudyError: no such preset, or an impossible size.
+    """
+    if not 1 <= width <= _WIDEST or not 1 <= layers <= 100:
+        raise StudyError(f"width={width!r} must be 1 to {_WIDEST:,} and layers={layers!r} 1 to 100.")
+    early = [f"lstm.weight_{kind}_l{layer}" for layer in range((layers + 1) // 2) for kind in ("ih", "hh")]
+    return _study(
+        preset,
+        name="add-mul-lstm",
+        description="Addition and multiplication modulo 100 in one recurrent network (LSTM)",
+        network=lambda seed: RepeatedLSTM(INPUTS, width, layers, OUTPUTS, steps=3),
+        settings={"width": width, "layers": layers},
+        first_half=early,
+    )
+
+
+def _study(preset: str, settings: dict[str, Any], **parts: Any) -> Study:
+    if preset not in _PRESETS:
+        raise StudyError(f"No preset {preset!r}; the presets are {', '.join(_PRESETS)}.")
+    chosen = dict(_PRESETS[preset])
+    sets = {name: chosen.pop(name, None) for name in ("train_samples", "validation_samples")}
+    return Study(
+        preset=preset,
+        tasks=[task(operation, [operation], _BATCH, **sets) for operation in OPERATIONS],
+        control=task("all", OPERATIONS, _BATCH, **sets),
+        batch_size=_BATCH,
+        confusion=confusion(),
+        settings={**settings, **sets},
+        **{**chosen, **parts},
+    )
