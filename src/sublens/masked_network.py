@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
 
+from sublens import linear_route
 from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid
 from sublens.kernels import LOGIT_BOUND
@@ -88,6 +89,7 @@ class MaskedNetwork(nn.Module):
         self._versions = self._weight_versions()
         self._axes: dict[Any, Axes] = {}
         self._seen_a_gradient = False
+        self._route: Literal["unknown", "linear", "general"] = "unknown"
         self.logits_tree = _Names()
         for name, parameter in selected.items():
             logits = torch.full(parameter.shape, start, dtype=torch.float32, device=parameter.device)
@@ -134,8 +136,8 @@ class MaskedNetwork(nn.Module):
         """What pushes gates shut, times ``alpha``; add it to the loss.
 
         ``"logits"`` is the paper's sum of all logits (section 2; its alpha is divided by the batch size there, not
-        here). Logits at the lower bound of -10 get no more gradient from it, so it cannot run away. ``"expected"`` is
-        the expected number of kept elements, the sum of keep probabilities.
+        here). It cannot run away, since every training call puts the logits back within their bound of -10 to 10.
+        ``"expected"`` is the expected number of kept elements, the sum of keep probabilities.
 
         Returns:
             float32 scalar tensor.
@@ -145,9 +147,9 @@ class MaskedNetwork(nn.Module):
         """
         if not (math.isfinite(alpha) and alpha >= 0):
             raise SettingError(f"alpha is {alpha}; it must be a finite number of 0 or more. A negative one opens gates.")
-        tensors = tuple(self.logits.values())
+        tensors = self.logits.values()
         if kind == "logits":
-            total: Tensor = _SumOfLogits.apply(*tensors)
+            total = torch.stack([t.sum() for t in tensors]).sum()
         elif kind == "expected":
             total = torch.stack([torch.sigmoid(t).sum() for t in tensors]).sum()
         else:
@@ -179,11 +181,40 @@ class MaskedNetwork(nn.Module):
             return self._call(self._gated(step, 0), args, kwargs)
         batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(self.samples)
-        outputs = [
-            self._call(self._gated(step, k), *batch.part(bounds[k], bounds[k + 1])) for k in range(self.samples)
-        ]
+        outputs = self._all_at_once(step, batch)
+        if outputs is None:
+            outputs = [
+                self._call(self._gated(step, k), *batch.part(bounds[k], bounds[k + 1])) for k in range(self.samples)
+            ]
         sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
         return join(outputs, sizes, self._output_axes(batch, outputs[0], sizes[0]))
+
+    def _all_at_once(self, step: int, batch: Batch) -> list[Any] | None:
+        """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
+        if batch.size % self.samples or self._route == "general":
+            return None
+        logits = self.logits
+        if self._route == "unknown" and not linear_route.applies(self.network, logits, self.gate):
+            self._route = "general"
+            return None
+
+        def put(name: str, weight: Tensor) -> Tensor:
+            return linear_route.GatedWeight(logits[name], weight, Draw(self.seed, step, 0, self._ids[name]))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._call(put, args, kwargs)
+
+        try:
+            outputs = linear_route.over_chunks(call, batch, self.samples)
+        except Exception:
+            if self._route == "linear":
+                raise
+            # Not known yet whether vmap takes this network. The general route decides: if it fails too, its error is
+            # the network's own and is the one to be seen.
+            self._route = "general"
+            return None
+        self._route = "linear"
+        return outputs
 
     def _gated(self, step: int, sample: int) -> Any:
         logits = self.logits
@@ -305,19 +336,6 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         logits, weight = ctx.saved_tensors
         return ctx.gate.logit_gradient(gradient, weight, logits.detach(), ctx.draw), None, None, None
-
-
-class _SumOfLogits(torch.autograd.Function):
-    """Sum of all logits; no gradient for logits at or below the lower bound."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *logits: Tensor) -> Tensor:
-        ctx.save_for_backward(*logits)
-        return torch.stack([t.sum() for t in logits]).sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient * (t > -LOGIT_BOUND) for t in ctx.saved_tensors)
 
 
 @contextmanager

@@ -110,6 +110,23 @@ class Batch:
         args, kwargs = self._rebuild(leaves)
         return args, kwargs
 
+    def stacked(self, chunks: int) -> tuple[list[Tensor], Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """For a batch that ``chunks`` divides: the split tensors with the chunks stacked in front, and a function from
+        one chunk's slices of them to the arguments."""
+        split = [i for i, axis in enumerate(self.axes) if axis is not None]
+        tensors = [
+            self.leaves[i].unflatten(self.axes[i], (chunks, -1)).movedim(self.axes[i], 0) for i in split
+        ]
+
+        def arguments(*slices: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            leaves = list(self.leaves)
+            for i, tensor in zip(split, slices, strict=True):
+                leaves[i] = tensor
+            args, kwargs = self._rebuild(leaves)
+            return args, kwargs
+
+        return tensors, arguments
+
     def bounds(self, chunks: int) -> list[int]:
         """Where the chunks begin and end: ``chunks + 1`` ascending numbers, sizes differing by one at most.
 

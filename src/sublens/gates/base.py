@@ -13,6 +13,11 @@ class Gate(ABC):
     A gate is immutable and has no tensors of its own. It acts on one masked parameter at a time.
     """
 
+    @property
+    def fused(self) -> bool:
+        """Whether :func:`sublens.kernels.cpu.walk` computes this gate, so that routes built on it may be used."""
+        return False
+
     @abstractmethod
     def masked(self, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """The weight as one sample leaves it: shape, dtype and device of ``weight``. Not differentiable."""

@@ -32,6 +32,10 @@ class GumbelSigmoid(Gate):
         if not (math.isfinite(self.tau) and self.tau >= 0.25):
             raise SettingError(f"tau is {self.tau}; it must be a finite number of at least 0.25 (the paper uses 1).")
 
+    @property
+    def fused(self) -> bool:
+        return self.tau == 1.0
+
     def masked(self, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         return kernels.masked(weight, logits, draw)
 
