@@ -1,0 +1,6 @@
+"""Training a mask: one call from a frozen network to a run with its mask, logits and history."""
+
+from sublens.fit.run import Run, fit
+from sublens.fit.settings import Settled
+
+__all__ = ["Run", "Settled", "fit"]

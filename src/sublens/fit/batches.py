@@ -1,0 +1,145 @@
+"""Where a run's batches come from, such that batch number ``step`` is the same in a resumed run.
+
+Everything random that torch's global generator feeds (a shuffling loader, a function that draws its batch, noise in a
+loss) is made a function of (seed, step) by seeding that generator before each batch. The generator's state is put back
+when the run is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from sublens.errors import SettingError
+
+Batches = Callable[[int], Any] | Iterable[Any]
+
+
+def derive(*parts: object) -> int:
+    """A 63-bit seed that is a pure function of ``parts``: neighbouring parts give unrelated seeds."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_torch(*parts: object) -> None:
+    """Seed torch's global generators (CPU, and CUDA where it is in use) with :func:`derive` of ``parts``."""
+    seed = derive(*parts)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put torch's global random state back at the end, whatever happens inside."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+class BatchSource:
+    """Batch number ``step`` of a callable, a re-iterable (one pass is an epoch), or a one-shot iterator.
+
+    Attributes:
+        epoch: number of the epoch now running, from 0; -1 before the first batch. Stays -1 for a callable.
+        epoch_start: the step at which this epoch began.
+    """
+
+    def __init__(self, batches: Batches, seed: int) -> None:
+        self.epoch = -1
+        self.epoch_start = 0
+        self._batches = batches
+        self._seed = seed
+        self._iterator: Iterator[Any] | None = None
+        self._iterates = isinstance(batches, Iterable)
+        if not self._iterates and not callable(batches):
+            raise SettingError(
+                f"batches is a {type(batches).__name__}; it must be a function batches(step) -> batch, or something to "
+                "iterate over again and again, such as a torch DataLoader or a list of batches."
+            )
+        self._generators = _own_generators(batches)
+
+    def __call__(self, step: int) -> Any:
+        """The batch of ``step``. Steps must be asked for in order, except right after :meth:`rewind`."""
+        if not self._iterates:
+            seed_torch("step", self._seed, step)
+            return self._batches(step)  # type: ignore[operator]
+        if self._iterator is None:
+            self._begin(step)
+        seed_torch("step", self._seed, step)
+        try:
+            return next(self._iterator)  # type: ignore[arg-type]
+        except StopIteration:
+            self._begin(step)
+        seed_torch("step", self._seed, step)
+        try:
+            return next(self._iterator)  # type: ignore[arg-type]
+        except StopIteration:
+            raise self._empty(step) from None
+
+    def rewind(self, step: int, epoch: int, epoch_start: int) -> None:
+        """Continue before batch ``step`` of a run that stood in ``epoch``, begun at ``epoch_start``.
+
+        The epoch's used batches are drawn again and dropped: how far a loader has come is nowhere else to be read.
+        """
+        if not self._iterates or epoch < 0:
+            return
+        self.epoch = epoch - 1
+        self._begin(epoch_start)
+        for used in range(epoch_start, step):
+            seed_torch("step", self._seed, used)
+            try:
+                next(self._iterator)  # type: ignore[arg-type]
+            except StopIteration:
+                raise SettingError(
+                    f"batches ended after {used - epoch_start} batches, but the run to resume had already used "
+                    f"{step - epoch_start} of this epoch. Resume with the same data."
+                ) from None
+
+    @contextlib.contextmanager
+    def generators_kept(self) -> Iterator[None]:
+        """Put the state of the loader's own generators back at the end."""
+        states = [generator.get_state() for generator, _ in self._generators]
+        try:
+            yield
+        finally:
+            self._iterator = None
+            for (generator, _), state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
+
+    def _begin(self, step: int) -> None:
+        if self._iterator is not None and self._iterator is self._batches:
+            raise self._empty(step)
+        self.epoch += 1
+        self.epoch_start = step
+        for generator, initial in self._generators:
+            generator.manual_seed(derive("epoch", self._seed, step, initial))
+        set_epoch = getattr(getattr(self._batches, "sampler", None), "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(self.epoch)
+        seed_torch("epoch", self._seed, step)
+        self._iterator = iter(self._batches)  # type: ignore[arg-type]
+
+    def _empty(self, step: int) -> SettingError:
+        if self._iterator is self._batches:
+            return SettingError(
+                f"batches is a one-shot iterator ({type(self._batches).__name__}) and ran dry at step {step}. Give a "
+                "function batches(step) -> batch, or something that can be iterated again, such as a torch DataLoader "
+                "or a list; or set steps to the number of batches there are."
+            )
+        return SettingError(
+            f"batches yields nothing at step {step}: an epoch without a single batch. Is the data set empty?"
+        )
+
+
+def _own_generators(batches: object) -> list[tuple[torch.Generator, int]]:
+    """The torch generators a DataLoader and its samplers draw from, each once, with the seed its owner gave it."""
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    owners = (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    held = (getattr(owner, "generator", None) for owner in owners)
+    found = {id(generator): generator for generator in held if isinstance(generator, torch.Generator)}
+    return [(generator, generator.initial_seed()) for generator in found.values()]

@@ -1,0 +1,182 @@
+"""``fit``: from a frozen network and a loss to a trained mask."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sublens.errors import MismatchError
+from sublens.fit.batches import Batches, BatchSource, random_state_kept
+from sublens.fit.checkpoint import RunFolder, State, check_storable
+from sublens.fit.optimizers import describe_optimizer, make_optimizer
+from sublens.fit.progress import Display
+from sublens.fit.settings import DEFAULT_LR, Record, Settings, Settled
+from sublens.fit.training import Training
+from sublens.gates import Gate
+from sublens.mask import Mask
+from sublens.masked_network import MaskedNetwork, Penalty
+from sublens.selection import Where
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished call of :func:`fit` leaves.
+
+    Attributes:
+        mask: the mask, kept iff logit > 0.
+        logits: name -> float32 logits, of the masked parameter's shape.
+        history: the records, oldest first; see ``docs/training.md`` for their fields.
+        stopped: ``"steps"`` when all steps were done, ``"settled"`` when the mask had settled before.
+        steps: number of steps done.
+        seconds: wall time of the training, those of the earlier processes of a resumed run included.
+    """
+
+    mask: Mask
+    logits: dict[str, Tensor]
+    history: list[Record]
+    stopped: Literal["steps", "settled"]
+    steps: int
+    seconds: float
+
+
+def fit(
+    network: nn.Module,
+    batches: Batches,
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    steps: int = 20_000,
+    alpha: float = 1e-4,
+    penalty: Penalty = "logits",
+    keep: float = 0.9,
+    samples: int = 4,
+    seed: int = 0,
+    where: Where = None,
+    biases: bool = False,
+    gate: Gate | None = None,
+    batch_dim: int = 0,
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    lr: float = DEFAULT_LR,
+    clip: float | None = 1.0,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    evaluate_every: int = 1000,
+    record_every: int = 100,
+    settle: Settled | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 1000,
+    progress: bool | str = True,
+    callbacks: Sequence[Callable[[Record], object]] = (),
+) -> Run:
+    """Train a mask for one task on a frozen network, which is left exactly as it was.
+
+    Each step, in the paper's order (section 2 and its code): the loss of one batch and its backward pass, the backward
+    pass of the penalty, the clip of both gradients together, the optimizer's step on the logits.
+
+    Args:
+        network: the trained network. Neither its weights nor its buffers, flags or hooks change.
+        batches: a function ``batches(step) -> batch`` of the step number, from 0; or something to iterate over again
+            and again, such as a DataLoader, one pass after the other.
+        loss: ``loss(net, batch)`` returns a tensor with one number. ``net`` is called like the network.
+        steps: number of steps, at least 1.
+        alpha: multiplies the penalty as it stands, at least 0. (The paper divides its alpha by the batch size.)
+        penalty: ``"logits"``, the paper's sum of all logits, or ``"expected"``, the expected number of kept elements.
+        keep: keep probability at the start, see :class:`sublens.MaskedNetwork`, as for the next six arguments.
+        samples: number of draws of all gates per step.
+        seed: seed of the gates' noise, and of all that draws from torch's random numbers during the run.
+        where: which parameters are masked.
+        biases: whether the biases of the selected weights are masked too.
+        gate: the estimator; :class:`sublens.GumbelSigmoid` by default.
+        batch_dim: the dimension of inputs and outputs that counts the batch.
+        optimizer: a function that makes a torch optimizer for the list of logits; by default Adam with ``lr``.
+        lr: learning rate of the default optimizer.
+        clip: largest gradient norm over all logits, or ``None``.
+        evaluate: ``evaluate(net) -> {metric: number}``, called without gradients and with the mask itself in ``net``.
+        evaluate_every: steps between evaluations. One more follows the last step.
+        record_every: steps between records of the history.
+        settle: when to stop early; ``None`` trains for all ``steps``.
+        folder: where ``history.jsonl`` and ``checkpoint.safetensors`` go. ``None`` writes nothing.
+        resume: continue the run in ``folder`` if there is one; the result is the bit-identical mask and history.
+            Settings must be those it began with, except ``steps``, which may grow.
+        checkpoint_every: steps between checkpoints. One more follows the last step, and Ctrl-C.
+        progress: a bar on a terminal and lines elsewhere, on standard error; a string labels them, ``False`` is silent.
+        callbacks: functions (or objects with ``__call__``) that are given a copy of each new record.
+
+    Returns:
+        The run: its mask, logits and history.
+
+    Raises:
+        SettingError: a setting is impossible. Nothing was trained or written.
+        SelectionError: ``where`` matches nothing.
+        CutGraphError: the first loss does not reach the logits.
+        BatchError: a batch cannot be split into ``samples``.
+        NonFiniteError: NaN or infinity in the loss or in a gradient; the last checkpoint is kept.
+        MismatchError: the run in ``folder`` had other settings than this call.
+        FileError: a file in ``folder`` cannot be read or written.
+    """
+    settings = Settings(
+        steps=steps,
+        alpha=alpha,
+        penalty=penalty,
+        seed=seed,
+        loss=loss,
+        optimizer=optimizer,
+        lr=lr,
+        clip=clip,
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+        record_every=record_every,
+        checkpoint_every=checkpoint_every,
+        settle=settle,
+        folder=folder,
+        resume=resume,
+        progress=progress,
+        callbacks=tuple(callbacks),
+    )
+    source = BatchSource(batches, seed)
+    with random_state_kept(), source.generators_kept():
+        masked = MaskedNetwork(
+            network, keep=keep, samples=samples, seed=seed, where=where, biases=biases, gate=gate, batch_dim=batch_dim
+        )
+        trainer = make_optimizer(settings, masked.logits)
+        described = _describe(settings, masked, trainer, keep=keep, samples=samples, batch_dim=batch_dim)
+        store: RunFolder | None = None
+        state, history = State(forwards=masked.step), list[Record]()
+        if folder is not None:
+            check_storable(trainer)
+            store = RunFolder(folder, resume=resume)
+            state = store.restore(described, masked.logits, trainer) or state
+            if state.step > steps:
+                raise MismatchError(
+                    f"The run in {store.path} has already done {state.step} steps, where this call has steps={steps}. "
+                    f"Resume it with steps={state.step} or more, or start anew in another folder."
+                )
+            history = store.open_history(state)
+            source.rewind(state.step, state.epoch, state.epoch_start)
+        masked.train()
+        training = Training(settings, described, masked, trainer, source, store, state, history)
+        with Display(progress, steps, done=state.step) as display:
+            stopped = training.run(display)
+        logits = {name: logit.detach() for name, logit in masked.logits.items()}
+        return Run(masked.mask(), logits, history, stopped, state.step, training.seconds())
+
+
+def _describe(settings: Settings, masked: MaskedNetwork, optimizer: Optimizer, **others: Any) -> dict[str, Any]:
+    """All that a run's result depends on and that can be compared, as JSON. Functions cannot be."""
+    same = ("alpha", "penalty", "seed", "clip", "evaluate_every", "record_every")
+    described = {
+        **others,
+        **{name: getattr(settings, name) for name in same},
+        "settle": None if settings.settle is None else repr(settings.settle),
+        "gate": repr(masked.gate),
+        "optimizer": describe_optimizer(optimizer),
+        "network": masked.fingerprint,
+        "selection": {name: list(logit.shape) for name, logit in masked.logits.items()},
+    }
+    loaded: dict[str, Any] = json.loads(json.dumps(described))
+    return loaded

@@ -1,0 +1,266 @@
+"""The training loop: what happens in one step, in which order, and what must never be interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sublens.diagnosis import check_first_step
+from sublens.errors import NonFiniteError, SettingError
+from sublens.fit.batches import BatchSource, seed_torch
+from sublens.fit.checkpoint import RunFolder, State
+from sublens.fit.progress import Display
+from sublens.fit.settings import OWN_FIELDS, Record, Settings
+from sublens.masked_network import MaskedNetwork
+
+
+class Training:
+    """One run in progress. :meth:`run` takes it from ``state.step`` to its end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        described: Mapping[str, Any],
+        masked: MaskedNetwork,
+        optimizer: Optimizer,
+        batches: BatchSource,
+        folder: RunFolder | None,
+        state: State,
+        history: list[Record],
+    ) -> None:
+        self.state = state
+        self.history = history
+        self._settings = settings
+        self._described = described
+        self._masked = masked
+        self._optimizer = optimizer
+        self._batches = batches
+        self._folder = folder
+        self._logits = masked.logits
+        self._size = sum(logit.numel() for logit in self._logits.values())
+        self._clock = time.perf_counter()
+
+    def run(self, display: Display) -> Literal["steps", "settled"]:
+        """Train to the end, and return why it ended: ``"steps"`` or ``"settled"``."""
+        state, settings = self.state, self._settings
+        first = True
+        try:
+            while True:
+                last = state.step == settings.steps
+                evaluates = state.step % settings.evaluate_every == 0
+                # The last record of a run lies off the grid when it ends between two evaluations. It is then made after
+                # the checkpoint, and so is no part of it: a run taken further has the records of one never stopped.
+                if self._record_due() and (evaluates or not last):
+                    self._record(display, evaluates)
+                settled = settings.settle is not None and settings.settle.reached(state.seen)
+                if settled or last or (state.step > 0 and state.step % settings.checkpoint_every == 0):
+                    self._save()
+                if settled:
+                    return "settled"
+                if last:
+                    if state.recorded != state.step:
+                        self._record(display, True)
+                    return "steps"
+                self._step(first)
+                first = False
+                display.step(state.step)
+        except KeyboardInterrupt:
+            with uninterrupted():
+                self._save()
+            raise
+
+    def _step(self, first: bool) -> None:
+        """One step in the paper's order: backward of the task loss, of the penalty, clip, update."""
+        state, masked = self.state, self._masked
+        masked.step = state.forwards
+        batch = self._batches(state.step)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._settings.loss(masked, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise SettingError(
+                f"loss(net, batch) returned {what}; it must return a tensor with one number, such as a batch's mean."
+            )
+        if first:
+            check_first_step(loss, self._logits)
+        value = loss.item()
+        if not math.isfinite(value):
+            self._stop_on_loss(value)
+        loss.backward()
+        # From here to the counters the run is in no state that a checkpoint could hold.
+        with uninterrupted():
+            penalty, norm, broken = update(masked, self._optimizer, self._settings)
+            if broken is not None:
+                self._stop_on_gradient(broken)
+            state.step += 1
+            state.forwards = masked.step
+            state.epoch, state.epoch_start = self._batches.epoch, self._batches.epoch_start
+            state.count += 1
+            state.loss += value
+            state.penalty += penalty
+            state.norm += norm
+
+    def _record_due(self) -> bool:
+        step, settings = self.state.step, self._settings
+        on_grid = step % settings.record_every == 0 or step % settings.evaluate_every == 0
+        return on_grid and self.state.recorded != step
+
+    def _record(self, display: Display, evaluates: bool) -> None:
+        state, settings = self.state, self._settings
+        kept = sum(int(torch.count_nonzero(logit > 0)) for logit in self._logits.values()) / self._size
+        record: Record = {
+            "step": state.step,
+            "loss": state.loss / max(state.count, 1),
+            "penalty": state.penalty / max(state.count, 1),
+            "kept": kept,
+            "gradient_norm": state.norm / max(state.count, 1),
+        }
+        if evaluates:
+            record |= self._evaluate()
+        with uninterrupted():
+            if self._folder is not None:
+                state.position = self._folder.append(record)
+            self.history.append(record)
+            state.recorded = state.step
+            state.count, state.loss, state.penalty, state.norm = 0, 0.0, 0.0, 0.0
+            if evaluates and settings.settle is not None:
+                metrics = [value for name, value in record.items() if name not in OWN_FIELDS]
+                state.seen = [*state.seen, [kept, *metrics]][-settings.settle.window :]
+        display.record(record, evaluated=evaluates)
+        for callback in settings.callbacks:
+            callback(dict(record))
+
+    def _evaluate(self) -> dict[str, float | None]:
+        """The user's metrics of the mask itself; one that is NaN or infinite becomes ``None``."""
+        if self._settings.evaluate is None:
+            return {}
+        seed_torch("evaluate", self._settings.seed, self.state.step)
+        self._masked.eval()
+        try:
+            with torch.no_grad():
+                found = self._settings.evaluate(self._masked)
+        finally:
+            self._masked.train()
+        try:
+            metrics = {str(name): float(value) for name, value in found.items()}
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            raise SettingError(
+                f"evaluate(net) returned {_brief(found)}; it must return a dict of numbers, as {{'accuracy': 0.98}}."
+            ) from None
+        if taken := [name for name in metrics if name in OWN_FIELDS]:
+            raise SettingError(
+                f"evaluate(net) returned a metric called {taken[0]!r}, a name that each record already has."
+            )
+        return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+    def _save(self) -> None:
+        folder, state = self._folder, self.state
+        if folder is None or folder.checkpoint_step == state.step:
+            return
+        for name, logit in self._logits.items():
+            if not bool(torch.isfinite(logit).all()):
+                raise NonFiniteError(
+                    f"The logits of {name!r} hold NaN or infinity after {state.step} steps, though their gradients "
+                    f"were finite: the optimizer ({type(self._optimizer).__name__}) made them. Check its settings."
+                    + self._kept_note(),
+                    step=state.step - 1,
+                    parameter=name,
+                )
+        now = time.perf_counter()
+        state.seconds += now - self._clock
+        self._clock = now
+        folder.save(state, self._described, self._logits, self._optimizer)
+
+    def seconds(self) -> float:
+        """Wall time of the whole run so far, in seconds, with what earlier processes spent on it."""
+        return self.state.seconds + time.perf_counter() - self._clock
+
+    def _stop_on_loss(self, value: float) -> NoReturn:
+        step = self.state.step
+        network: nn.Module = self._masked.network
+        tensors = [*self._logits.items(), *network.named_parameters(), *network.named_buffers()]
+        broken = next((name for name, tensor in tensors if not bool(torch.isfinite(tensor).all())), None)
+        cause = (
+            f"{broken!r} holds values that are not finite."
+            if broken is not None
+            else "Weights and logits are finite: look at this step's batch, and for a division or log in the loss."
+        )
+        raise NonFiniteError(
+            f"The loss is {value} at step {step}. {cause}{self._kept_note()}", step=step, parameter=broken
+        )
+
+    def _stop_on_gradient(self, name: str) -> NoReturn:
+        step = self.state.step
+        raise NonFiniteError(
+            f"The gradient of the logits of {name!r} is not finite at step {step}, though the loss was. Look at this "
+            "step's batch, and for a square root, logarithm or division at 0 in the network or in the loss."
+            + self._kept_note(),
+            step=step,
+            parameter=name,
+        )
+
+    def _kept_note(self) -> str:
+        if self._folder is None or self._folder.checkpoint_step is None:
+            return ""
+        return f" The checkpoint after {self._folder.checkpoint_step} steps is kept in {self._folder.path}."
+
+
+def update(masked: MaskedNetwork, optimizer: Optimizer, settings: Settings) -> tuple[float, float, str | None]:
+    """Add the penalty's gradient to the task's, clip both together, and let the optimizer step.
+
+    Returns:
+        The penalty, the gradient norm of all logits before clipping, and the name of the first parameter whose logits
+        have a gradient that is not finite. If there is one, nothing was updated.
+    """
+    value = 0.0
+    if settings.alpha > 0:
+        penalty = masked.penalty(settings.alpha, kind=settings.penalty)
+        penalty.backward()
+        value = penalty.item()
+    # Only the logits are here. Clipping over the frozen weights too is what changes the official code's masks.
+    gradients = {name: logit.grad for name, logit in masked.logits.items() if logit.grad is not None}
+    if not gradients:
+        return value, 0.0, None
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients.values()])
+    norm = torch.linalg.vector_norm(norms).item()
+    if not math.isfinite(norm):
+        # Where each norm is finite and only their sum overflows, the largest is to blame.
+        worst = int(torch.nan_to_num(norms, nan=math.inf).argmax())
+        return value, norm, list(gradients)[worst]
+    # The formula of torch.nn.utils.clip_grad_norm_, which however passes over the gradients also when it does not clip.
+    if settings.clip is not None and (factor := settings.clip / (norm + 1e-6)) < 1:
+        for gradient in gradients.values():
+            gradient.mul_(factor)
+    optimizer.step()
+    return value, norm, None
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done. In a thread, where no Ctrl-C arrives, nothing is to be done."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    held: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if held:
+        previous(*held[0])
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return f"a {type(value).__name__}" + (f" ({text})" if len(text) <= 60 else "")
