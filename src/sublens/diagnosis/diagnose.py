@@ -10,7 +10,7 @@ from torch import Tensor
 from sublens.diagnosis import loss_checks
 from sublens.diagnosis.findings import Diagnosis, Finding
 from sublens.diagnosis.gate_checks import gate_checks, orientation_of, slopes_of, uses_of
-from sublens.diagnosis.graph import Graph
+from sublens.diagnosis.graph import Graph, gradient_at
 from sublens.diagnosis.inputs import listed, named_logits, param_groups
 from sublens.diagnosis.optimizer_checks import optimizer_checks
 from sublens.diagnosis.shared_noise import noise_checks
@@ -157,7 +157,7 @@ def _read_graph(
     loss_checks.penalty_checks(reading, named, orientation_of(slopes))
     findings += reading.findings
     notes += reading.notes
-    _extend(findings, notes, noise_checks(graph, named))
+    _extend(findings, notes, noise_checks(graph, named, [u.gate for u in uses], [t.edge for t in reading.task]))
     _extend(findings, notes, gate_checks(graph, named, uses, slopes))
     _gradient_checks(loss, reading, named, findings, notes)
 
@@ -176,8 +176,8 @@ def _gradient_checks(
     starts = [(term.edge, term.coefficient) for term in reading.task]
     try:
         if reading.task and reading.penalties:
-            task = loss_checks.gradient_at(starts, targets, device=loss.device)
-            loss_checks.gradient_at([(t.edge, t.coefficient) for t in reading.penalties], targets, device=loss.device)
+            task = gradient_at(starts, targets, device=loss.device)
+            gradient_at([(t.edge, t.coefficient) for t in reading.penalties], targets, device=loss.device)
         else:
             task = list(torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True))
     except RuntimeError as error:
@@ -195,7 +195,7 @@ def _gradient_checks(
                 f"The gradient of the task's loss is exactly 0 for every logit ({listed(zero)}).",
                 "The graph is whole, but nothing comes through it: all gates shut, a saturated or dead network, "
                 "a relaxed gate clipped everywhere, or a factor 0.",
-                "Look for the layer at which the gradient vanishes, from the loss backwards; start with more gates open.",
+                "Look for the layer at which the gradient vanishes, beginning at the loss. Start with more gates open.",
             )
         )
     elif zero:

@@ -17,7 +17,7 @@ from sublens.diagnosis.inputs import listed
 
 _SATURATED = 15.0  # sigmoid(15) * (1 - sigmoid(15)) is 3e-7: below float32 rounding of anything it is added to
 _CERTAIN = 4.6  # a keep probability of 0.99; or, below zero, of 0.01
-_SLOPE_THAT_TRAINS = 1e-3
+_SCORE_SLOPE = 0.3  # a mean slope that no sigmoid of temperature 1 has: the scores are no log-odds
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def uses_of(graph: Graph, logits: Mapping[str, Tensor]) -> list[Use]:
         operands = edges(node)
         if len(operands) != 2:
             continue
-        live = [operand for operand in operands if graph.reach(operand)]
+        live = [operand for operand in operands if operand is not None and graph.reach(operand)]
         names = graph.bits(graph.reach((node, 0)))
         if len(live) != 1 or len(names) != 1:
             continue
@@ -76,7 +76,9 @@ def gate_checks(
     """Findings and notes on saturated logits, and on gates that are all open or all shut."""
     findings: list[Finding] = []
     notes: list[Finding] = []
-    _saturation(logits, slopes, findings, notes)
+    scores = {name for name, slope in slopes.items() if float(slope.abs().mean()) >= _SCORE_SLOPE}
+    logits = {name: logit for name, logit in logits.items() if name not in scores}
+    _saturation(logits, findings, notes)
     values = [logit.detach().flatten() for logit in logits.values()]
     size = sum(value.numel() for value in values)
     if size == 0:
@@ -105,20 +107,16 @@ def gate_checks(
                 "probability-as-logit",
                 f"All logits are {lowest:.4g}, which is a keep probability of {_sigmoid(lowest):.3f}.",
                 f"If {lowest:.4g} was meant as the keep probability, gates are shut far more often than intended.",
-                "The logit of a probability p is log(p / (1 - p)):\n    logits = torch.full(shape, math.log(p / (1 - p)))",
+                "The logit of p is log(p / (1 - p)):\n    start = torch.full(shape, math.log(p / (1 - p)))",
             )
         )
     return findings, notes
 
 
-def _saturation(
-    logits: Mapping[str, Tensor], slopes: Mapping[str, Tensor], findings: list[Finding], notes: list[Finding]
-) -> None:
+def _saturation(logits: Mapping[str, Tensor], findings: list[Finding], notes: list[Finding]) -> None:
     stuck: dict[str, int] = {}
     for name, logit in logits.items():
         far = logit.detach().abs() > _SATURATED
-        if name in slopes and slopes[name].shape == far.shape:
-            far &= slopes[name].abs() < _SLOPE_THAT_TRAINS  # scores with an identity gradient do not saturate
         if count := int(far.sum()):
             stuck[name] = count
     if not stuck:
@@ -128,8 +126,8 @@ def _saturation(
     saturated = Finding(
         "logits-saturated",
         f"{total} of {size} logits are beyond {_SATURATED:g} in size ({listed(list(stuck))}).",
-        f"At {_SATURATED:g} the sigmoid's slope is 3e-7, and in float32 it soon rounds to 0: these gates get no gradient "
-        "from the task and stay as they are, open or shut. An unbounded penalty or a very high start does that.",
+        f"At {_SATURATED:g} the sigmoid's slope is 3e-7, and in float32 it soon rounds to 0: these gates get no "
+        "gradient from the task and stay as they are, open or shut. An unbounded penalty does that, or a high start.",
         "Start near the logit of the keep probability (2.197 for 0.9), and bound the logits after each step:\n"
         "    with torch.no_grad(): logit.clamp_(-10, 10)",
     )

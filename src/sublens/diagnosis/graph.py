@@ -14,13 +14,21 @@ from torch.autograd.graph import GradientEdge, Node
 Edge = tuple[Node, int]
 
 # Operations that only change form. They neither mix elements nor change their values.
-RESHAPES = frozenset(
-    "View ReshapeAlias UnsafeView Alias Clone ToCopy Squeeze Unsqueeze T Transpose Permute Contiguous Expand".split()
-)
-_LINEAR = RESHAPES | frozenset("Accumulate Add Sub Rsub Neg Mul Div Sum Mean Stack Cat Select Slice Split Unbind".split())
-_MONOTONE = frozenset("Sigmoid LogSigmoid Softplus Exp Tanh Clamp ClampMin ClampMax Hardtanh Relu HardSigmoid".split())
-_HINGES = frozenset("Clamp ClampMin ClampMax Hardtanh Relu Softplus".split())
-_OTHER_PENALTIES = frozenset("Pow Abs Log Log1P Sqrt Reciprocal Norm LinalgVectorNorm Maximum Xlogy".split())
+# fmt: off
+RESHAPES = frozenset({
+    "View", "ReshapeAlias", "UnsafeView", "Alias", "Clone", "ToCopy", "Squeeze", "Unsqueeze", "T", "Transpose",
+    "Permute", "Contiguous", "Expand",
+})
+LINEAR = RESHAPES | {
+    "Accumulate", "Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Sum", "Mean", "Stack", "Cat", "Select", "Slice", "Split",
+    "Unbind",
+}
+_HINGES = frozenset({"Clamp", "ClampMin", "ClampMax", "Hardtanh", "Relu", "Softplus"})
+_MONOTONE = _HINGES | {"Sigmoid", "LogSigmoid", "Exp", "Tanh", "Hardsigmoid"}
+_OTHER_PENALTIES = frozenset({
+    "Pow", "Abs", "Log", "Log1P", "Sqrt", "Reciprocal", "Norm", "LinalgVectorNorm", "Maximum", "Xlogy",
+})
+# fmt: on
 
 
 def kind(node: Node) -> str:
@@ -60,7 +68,7 @@ def _metadata(edge: Edge) -> Any:
     if hasattr(node, "variable"):
         return node.variable
     try:
-        return node._input_metadata[number]  # type: ignore[attr-defined]
+        return node._input_metadata[number]
     except (AttributeError, IndexError):
         return None
 
@@ -237,7 +245,7 @@ def _classify(graph: Graph, edge: Edge, coefficient: float) -> Term:
             lone, other = _multiplied(node)
             penalty = penalty and other <= 1
             linear, monotone = linear and lone, monotone and lone
-        elif name not in _LINEAR:
+        elif name not in LINEAR:
             shape = shape_of((node, 0))
             hinge = name in _HINGES and shape is not None and shape.numel() == 1  # a target for the whole: no direction
             penalty = penalty and (name in _MONOTONE or name in _OTHER_PENALTIES)
@@ -259,12 +267,16 @@ def _multiplied(node: Node) -> tuple[bool, int]:
 
 
 def gradient_at(
-    starts: Sequence[tuple[Edge, float]], targets: Sequence[Tensor], *, device: torch.device
+    starts: Sequence[tuple[Edge, Tensor | float]], targets: Sequence[Tensor], *, device: torch.device
 ) -> list[Tensor | None]:
-    """Gradient of the sum of ``factor * edge.sum()`` with respect to the targets. Leaves every ``.grad`` as it is."""
+    """Gradient of the sum of ``(factor * edge).sum()`` with respect to the targets. Leaves every ``.grad`` as it is."""
     outputs, factors = [], []
     for edge, factor in starts:
         meta = _metadata(edge)
         outputs.append(GradientEdge(*edge))
-        factors.append(torch.full(tuple(meta.shape), factor, dtype=meta.dtype, device=getattr(meta, "device", device)))
+        device_of = getattr(meta, "device", device)
+        if isinstance(factor, Tensor):
+            factors.append(factor.to(device_of, meta.dtype))
+        else:
+            factors.append(torch.full(tuple(meta.shape), factor, dtype=meta.dtype, device=device_of))
     return list(torch.autograd.grad(outputs, list(targets), factors, retain_graph=True, allow_unused=True))

@@ -75,7 +75,7 @@ def read_loss(loss: Tensor, graph: Graph, logits: Mapping[str, Tensor], groups: 
     reading.task = [term for term in terms if not term.penalty]
     reading.constant = _constant(loss, terms, reading.constants)
     if by_hand:
-        value = ", ".join(f"{float(leaf):.4g}" for leaf in by_hand[:3])
+        value = ", ".join(f"{float(leaf.detach()):.4g}" for leaf in by_hand[:3])
         reading.findings.append(
             flagged(f"The loss adds a number ({value}) that has no history and yet requires gradient by itself.")
         )
@@ -226,44 +226,49 @@ def penalty_checks(reading: LossReading, logits: Mapping[str, Tensor], orientati
                 "Check that penalty.requires_grad is True.",
             )
         )
-    beside = bool(reading.task) or bool(reading.constant)
-    for term in reading.penalties if beside else []:
-        opening = _pushes_open(term, logits, orientation)
-        if opening is None:
-            continue
-        if opening and term.monotone:
-            reading.findings.append(
-                Finding(
-                    "penalty-sign",
-                    "The penalty pushes gates open: its gradient, added up over all logits, opens them, and it does so "
-                    "wherever the logits are.",
-                    "A penalty is there to shut what the task does not need. This one rewards open gates, and the mask "
-                    "ends with everything kept.",
-                    "Add the number of kept weights, do not subtract it, with alpha above 0:\n"
-                    "    loss = task + alpha * sum(torch.sigmoid(logit).sum() for logit in logits)",
-                )
+    if reading.penalties and (reading.task or reading.constant):
+        _penalty_direction(reading, logits, orientation)
+
+
+def _penalty_direction(reading: LossReading, logits: Mapping[str, Tensor], orientation: int) -> None:
+    shutting = [_shuts(term, logits, orientation) for term in reading.penalties]
+    if not all(math.isfinite(force) for force in shutting):
+        return
+    opening = [term for term, force in zip(reading.penalties, shutting, strict=True) if force < 0]
+    if sum(shutting) < 0 and all(term.monotone for term in opening):
+        reading.findings.append(
+            Finding(
+                "penalty-sign",
+                "The penalty pushes gates open: its gradient, added up over all logits, opens them, and it does so "
+                "wherever the logits are.",
+                "A penalty is there to shut what the task does not need. This one rewards open gates, and the mask "
+                "ends with everything kept.",
+                "Add the number of kept weights, do not subtract it, with alpha above 0:\n"
+                "    loss = task + alpha * sum(torch.sigmoid(logit).sum() for logit in logits)",
             )
-        elif opening:
-            reading.notes.append(
-                Finding(
-                    "penalty-opens-now",
-                    "At these logits the penalty pushes gates open on the whole.",
-                    "That is right for a penalty with a target that is overshot, and wrong for any other.",
-                    "Check the penalty's sign.",
-                )
+        )
+    elif sum(shutting) < 0:
+        reading.notes.append(
+            Finding(
+                "penalty-opens-now",
+                "At these logits the penalty pushes gates open on the whole.",
+                "That is right for a penalty with a target that is overshot, and wrong for any other.",
+                "Check the penalty's sign.",
             )
-        elif term.linear:
-            reading.notes.append(
-                Finding(
-                    "penalty-unbounded",
-                    "The penalty is linear in the logits, so it has no lower bound.",
-                    "It goes on pushing gates that are shut already. Beyond about -15 a float32 gate gets no gradient "
-                    "from the task and cannot come back, and the loss runs to minus infinity.",
-                    "Bound the logits after each step, or count kept weights instead:\n"
-                    "    with torch.no_grad(): logit.clamp_(-10, 10)\n"
-                    "    penalty = alpha * sum(torch.sigmoid(logit).sum() for logit in logits)",
-                )
+        )
+    elif any(term.linear for term in reading.penalties):
+        reading.notes.append(
+            Finding(
+                "penalty-unbounded",
+                "The penalty is linear in the logits, so it has no lower bound.",
+                "It goes on pushing gates that are shut already. Beyond about -15 a float32 gate gets no gradient "
+                "from the task and cannot come back, and the loss runs to minus infinity. (Where something bounds "
+                "the logits, as in sublens.MaskedNetwork, that cannot happen.)",
+                "Bound the logits after each step, or count kept weights instead:\n"
+                "    with torch.no_grad(): logit.clamp_(-10, 10)\n"
+                "    penalty = alpha * sum(torch.sigmoid(logit).sum() for logit in logits)",
             )
+        )
 
 
 def _penalty_detached(constant: float) -> Finding:
@@ -277,11 +282,11 @@ def _penalty_detached(constant: float) -> Finding:
     )
 
 
-def _pushes_open(term: Term, logits: Mapping[str, Tensor], orientation: int) -> bool | None:
+def _shuts(term: Term, logits: Mapping[str, Tensor], orientation: int) -> float:
+    """How strongly a penalty shuts gates, added up over all logits; below zero if it opens them; NaN if not known."""
     targets = [tensor for tensor in logits.values() if tensor.requires_grad]
     try:
         found = gradient_at([(term.edge, term.coefficient)], targets, device=targets[0].device)
     except (RuntimeError, TypeError, AttributeError):
-        return None  # torch says no for this graph: then nothing is known, and nothing is said
-    total = sum(float(gradient.double().sum()) for gradient in found if gradient is not None)
-    return total * orientation < 0 if math.isfinite(total) else None
+        return math.nan  # torch says no for this graph: then nothing is known, and nothing is said
+    return orientation * sum(float(gradient.double().sum()) for gradient in found if gradient is not None)

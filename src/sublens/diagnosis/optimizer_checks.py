@@ -88,7 +88,7 @@ def _not_held(logits: Mapping[str, Tensor], missing: list[str], groups: list[dic
         )
     return Finding(
         "logits-not-in-optimizer",
-        f"The optimizer does not hold {listed(missing)}. It holds {len(others)} other tensors: {shapes(others) or '-'}.",
+        f"The optimizer does not hold {listed(missing)}. It holds {len(others)} other tensor(s): {shapes(others)}.",
         "No step ever changes these logits, whatever their gradient is.",
         cure,
     )

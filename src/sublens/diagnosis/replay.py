@@ -16,7 +16,9 @@ from sublens.diagnosis.graph import RESHAPES, Edge, dtype_of, edges, kind, saved
 
 _DEPTH = 40
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
-_RESULT_IS_KEPT = frozenset("Sigmoid Tanh Exp Sqrt Reciprocal Relu Softmax LogSoftmax LinalgVectorNorm Rsqrt".split())
+_RESULT_IS_KEPT = frozenset(
+    {"Sigmoid", "Tanh", "Exp", "Sqrt", "Rsqrt", "Reciprocal", "Relu", "Softmax", "LogSoftmax", "LinalgVectorNorm"}
+)
 _FUNCTION_OF_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs,
     "Log": torch.log,
@@ -122,6 +124,8 @@ class Replay:
             dims = [_signed(dim) for dim in dims]
             reduce = torch.sum if name == "Sum" else torch.mean
             return reduce(below, dims, keepdim=saved(node, "keepdim"))
+        if name == "MaskedFill":  # the filling is not kept: known only where nothing was filled
+            return None if bool(saved(node, "mask").any()) else below
         if name == "Select":
             return below.select(_signed(saved(node, "dim")), _signed(saved(node, "index")))
         if name == "Gather":

@@ -6,7 +6,7 @@ well, but one through zero, so a line alone proves nothing: its offset must be a
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from sublens.diagnosis.findings import Finding
-from sublens.diagnosis.graph import Graph, edges, gradient_at, kind, shape_of
+from sublens.diagnosis.graph import LINEAR, Edge, Graph, edges, gradient_at, kind, shape_of
 from sublens.diagnosis.inputs import listed
 from sublens.diagnosis.replay import Replay
 
@@ -32,15 +32,26 @@ class _Offset:
     error: float
 
 
-def noise_checks(graph: Graph, logits: Mapping[str, Tensor]) -> tuple[list[Finding], list[Finding]]:
-    """Findings and notes on noise that gates share."""
+def noise_checks(
+    graph: Graph, logits: Mapping[str, Tensor], gates: Sequence[Edge], task: Sequence[Edge]
+) -> tuple[list[Finding], list[Finding]]:
+    """Findings and notes on noise that gates share.
+
+    Args:
+        gates: where gates meet weights, as far as that was found.
+        task: the task's terms of the loss. (A penalty may shift its sigmoids as it likes: hard concrete's does.)
+    """
+    relevant = {node for edge in gates for node in graph.below(edge)}
+    gated = {name for edge in gates for name in graph.bits(graph.reach(edge))}
+    everything = {node for edge in task for node in graph.below(edge)}
     offsets: list[_Offset] = []
     rows: list[str] = []
     replay = Replay()
     for index, (name, logit) in enumerate(logits.items()):
         if logit.numel() < _FEWEST or not logit.is_floating_point():
             continue
-        for sample in _samples(graph, 1 << index, logit, replay):
+        nodes = relevant if name in gated else everything
+        for sample in _samples(graph, nodes, 1 << index, logit, replay):
             shared = _read(name, sample, logit)
             if isinstance(shared, _Offset):
                 offsets.append(shared)
@@ -56,7 +67,7 @@ def noise_checks(graph: Graph, logits: Mapping[str, Tensor]) -> tuple[list[Findi
         notes.append(
             Finding(
                 "gates-shifted",
-                f"All gates of {listed(_names(shifted))} share the offset {shifted[0].offset:.4g}, beside their logits.",
+                f"To all logits of {listed(_names(shifted))} the same number is added: {shifted[0].offset:.4g}.",
                 "As a fixed offset it is harmless. As noise it would be one number for the whole layer.",
                 "If it is noise, draw it for every gate: torch.rand_like(logit).",
             )
@@ -65,7 +76,7 @@ def noise_checks(graph: Graph, logits: Mapping[str, Tensor]) -> tuple[list[Findi
         notes.append(
             Finding(
                 "noise-shared-in-part",
-                f"Many gates of {listed(sorted(set(rows)))} share their noise with others, by rows or columns as it seems.",
+                f"Many gates of {listed(sorted(set(rows)))} share their noise, it seems by rows or columns.",
                 "Gates that open and shut together get credit together, so the mask cannot tell them apart well.",
                 "Unless it is meant, draw noise for every gate: torch.rand_like(logit).",
             )
@@ -90,28 +101,66 @@ def _names(offsets: list[_Offset]) -> list[str]:
     return list(dict.fromkeys(offset.name for offset in offsets))
 
 
-def _samples(graph: Graph, bit: int, logit: Tensor, replay: Replay) -> Iterator[Tensor]:
-    """Results in (0, 1) with the logits' shape, made from these logits alone."""
+@dataclass(frozen=True)
+class _Sample:
+    """A result in (0, 1) with the logits' shape. ``slope``: d log-odds / d logit of every element, if it is known."""
+
+    values: Tensor
+    slope: Tensor | None = None
+
+
+def _samples(graph: Graph, nodes: set[Node], bit: int, logit: Tensor, replay: Replay) -> Iterator[_Sample]:
+    """Relaxed samples made from these logits alone, and not by a function that certainly has no noise."""
     for node in graph.nodes:
-        if graph.reach((node, 0)) != bit or shape_of((node, 0)) != logit.shape:
+        if node not in nodes or graph.reach((node, 0)) != bit:
             continue
-        name = kind(node)
-        candidates: list[Tensor | None] = []
-        if name in ("Sigmoid", "Div", "Reciprocal") or (name == "Select" and _is_softmax(node)):
-            candidates = [replay.value((node, 0))]
-        elif name == "Tanh":
-            result = replay.value((node, 0))
-            candidates = [None if result is None else (result + 1) / 2]
-        elif isinstance(node, torch.autograd.function.BackwardCFunction):
-            candidates = list(_own_samples(node, logit))
-        for sample in candidates:
-            if sample is not None and bool(((sample >= 0) & (sample <= 1)).all()):
-                yield sample
+        name, shape = kind(node), shape_of((node, 0))
+        found: list[_Sample] = []
+        if name == "Softmax" and shape == (*logit.shape, 2):
+            found = _of_two(node, logit, replay)
+        elif shape != logit.shape:
+            continue
+        elif name in ("Sigmoid", "Tanh"):
+            found = _of_sigmoid(graph, node, logit, replay)
+        elif name in ("Div", "Reciprocal"):
+            value = replay.value((node, 0))
+            found = [] if value is None else [_Sample(value)]
+        else:
+            found = [_Sample(value) for value in _own_samples(node, logit)]
+        yield from (sample for sample in found if bool(((sample.values >= 0) & (sample.values <= 1)).all()))
 
 
-def _is_softmax(node: Node) -> bool:
-    below = edges(node)[0]
-    return below is not None and kind(below[0]) == "Softmax"
+def _of_sigmoid(graph: Graph, node: Node, logit: Tensor, replay: Replay) -> list[_Sample]:
+    operand, result = edges(node)[0], replay.value((node, 0))
+    if operand is None or result is None or replay.value(operand) is not None:
+        return []  # an operand that follows from logits and factors: nothing unknown was added to it
+    if any(kind(below) not in LINEAR for below in graph.below(operand)):
+        return []
+    slope = _slope(operand, logit)
+    if slope is None:
+        return []
+    return [_Sample(result, slope) if kind(node) == "Sigmoid" else _Sample((result + 1) / 2, 2 * slope)]
+
+
+def _of_two(node: Node, logit: Tensor, replay: Replay) -> list[_Sample]:
+    """The softmax of a pair is the sigmoid of its difference, in one direction or the other."""
+    result = replay.value((node, 0))
+    if result is None:
+        return []
+    first = torch.zeros(result.shape)
+    first[..., 0] = 1.0
+    rising = _slope((node, 0), logit, first)
+    if rising is None:
+        return []
+    return [_Sample(result.select(-1, 0 if float(rising.double().sum()) >= 0 else 1))]
+
+
+def _slope(edge: Edge, logit: Tensor, factor: Tensor | float = 1.0) -> Tensor | None:
+    try:
+        (slope,) = gradient_at([(edge, factor)], [logit], device=logit.device)
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    return None if slope is None else slope.detach().double()
 
 
 def _own_samples(node: Node, logit: Tensor) -> Iterator[Tensor]:
@@ -122,14 +171,17 @@ def _own_samples(node: Node, logit: Tensor) -> Iterator[Tensor]:
     """
     kept = [tensor.detach().double() for tensor in _kept(node) if tensor.shape == logit.shape]
     inside = [tensor for tensor in kept if bool(((tensor > 0) & (tensor < 1)).all())]
+    for number in (float(tensor) for tensor in _kept(node) if tensor.numel() == 1):  # or what it would draw again
+        inside.append(torch.sigmoid(logit.detach().double() + number))
+        if 0 < number < 1:
+            inside.append(torch.sigmoid(logit.detach().double() + math.log(number / (1 - number))))
     if not inside:
         return
-    try:
-        (slope,) = gradient_at([((node, 0), 1.0)], [logit], device=logit.device)
-    except (RuntimeError, TypeError, AttributeError):
+    slope = _slope((node, 0), logit)
+    if slope is None:
         return
-    for sample in inside if slope is not None else []:
-        factor = slope.double() / (sample * (1 - sample))
+    for sample in inside:
+        factor = slope / (sample * (1 - sample))
         others = [tensor for tensor in kept if tensor is not sample and bool((tensor != 0).all())]
         if any(_constant(ratio) for ratio in (factor, *(factor / other for other in others))):
             yield sample
@@ -147,9 +199,9 @@ def _kept(node: object) -> list[Tensor]:
     return [tensor for tensor in kept if isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, torch.float64)]
 
 
-def _read(name: str, sample: Tensor, logit: Tensor) -> _Offset | bool:
+def _read(name: str, sample: _Sample, logit: Tensor) -> _Offset | bool:
     """The one noise value of this draw; or ``True`` if gates share noise in part; or ``False``."""
-    block = _corner(sample)
+    block = _corner(sample.values)
     inner = (block > _EDGE) & (block < 1 - _EDGE)
     odds, values = torch.logit(block[inner]), _corner(logit.detach().double())[inner]
     if odds.numel() < _FEWEST:
@@ -165,7 +217,10 @@ def _read(name: str, sample: Tensor, logit: Tensor) -> _Offset | bool:
             return False
         return _Offset(name, offset, error * (1 + abs(float(values.mean())) / spread))
     if float(odds.max() - odds.min()) <= 4 * error:
-        return _Offset(name, _offset_at(float(odds.mean()), float(values.mean())), error)
+        where, level = float(odds.mean()), float(values.mean())
+        if sample.slope is None:
+            return _Offset(name, _offset_at(where, level), error)
+        return _Offset(name, where - float(_corner(sample.slope)[inner].mean()) * level, error)
     exact = logit.dtype in (torch.float32, torch.float64)  # half precision has too few values to call equal ones shared
     return exact and 2 * len(torch.unique(torch.round(odds / error))) <= odds.numel()
 
