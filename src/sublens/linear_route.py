@@ -54,11 +54,11 @@ class GatedWeight(Tensor):
 
     source: _Source
 
-    @staticmethod
     def __new__(cls, logits: Tensor, weight: Tensor, draw: Draw) -> "GatedWeight":
-        made = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)  # type: ignore[attr-defined]
+        """Stand for ``weight`` under the samples that follow ``draw``."""
+        made = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
         made.source = _Source(logits, weight, draw)
-        return made  # type: ignore[no-any-return]
+        return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,7 +75,7 @@ class GatedWeight(Tensor):
         raise NotLinearError(getattr(func, "__name__", str(func)))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotLinearError(str(func))
 
 

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -146,7 +147,9 @@ class MaskedNetwork(nn.Module):
             SettingError: ``alpha`` is negative or not finite, or ``kind`` is unknown.
         """
         if not (math.isfinite(alpha) and alpha >= 0):
-            raise SettingError(f"alpha is {alpha}; it must be a finite number of 0 or more. A negative one opens gates.")
+            raise SettingError(
+                f"alpha is {alpha}; it must be a finite number of 0 or more. A negative one opens gates."
+            )
         tensors = self.logits.values()
         if kind == "logits":
             total = torch.stack([t.sum() for t in tensors]).sum()
@@ -168,7 +171,7 @@ class MaskedNetwork(nn.Module):
             return self._call(lambda name, w: torch.where(kept[name], w, w.new_zeros(())), args, kwargs)
         with torch.no_grad():
             for logits in self.logits.values():
-                # Through .data: the values already within the bound do not change, so graphs of earlier calls stay valid.
+                # Through .data: values within the bound do not change, so graphs of earlier calls stay valid.
                 logits.data.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
         step, self.step = self.step, self.step + 1
         output = self._sampled(step, args, kwargs)
@@ -186,7 +189,7 @@ class MaskedNetwork(nn.Module):
             outputs = [
                 self._call(self._gated(step, k), *batch.part(bounds[k], bounds[k + 1])) for k in range(self.samples)
             ]
-        sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        sizes = [stop - start for start, stop in pairwise(bounds)]
         return join(outputs, sizes, self._output_axes(batch, outputs[0], sizes[0]))
 
     def _all_at_once(self, step: int, batch: Batch) -> list[Any] | None:
@@ -287,6 +290,7 @@ class MaskedNetwork(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """What ``print`` shows."""
         elements = sum(t.numel() for t in self.logits_tree.parameters())
         return f"{elements:,} logits of {type(self.network).__name__}, samples={self.samples}, gate={self.gate}"
 

@@ -114,9 +114,7 @@ class Batch:
         """For a batch that ``chunks`` divides: the split tensors with the chunks stacked in front, and a function from
         one chunk's slices of them to the arguments."""
         split = [i for i, axis in enumerate(self.axes) if axis is not None]
-        tensors = [
-            self.leaves[i].unflatten(self.axes[i], (chunks, -1)).movedim(self.axes[i], 0) for i in split
-        ]
+        tensors = [self.leaves[i].unflatten(self.axes[i], (chunks, -1)).movedim(self.axes[i], 0) for i in split]
 
         def arguments(*slices: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
             leaves = list(self.leaves)

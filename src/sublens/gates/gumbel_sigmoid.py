@@ -34,10 +34,13 @@ class GumbelSigmoid(Gate):
 
     @property
     def fused(self) -> bool:
+        """For tau = 1, where no logarithm is needed."""
         return self.tau == 1.0
 
     def masked(self, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+        """The weight times b."""
         return kernels.masked(weight, logits, draw)
 
     def logit_gradient(self, gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+        """The gradient times the weight times ds/dlogit."""
         return kernels.logit_gradient(gradient, weight, logits, draw, self.tau)

@@ -2,7 +2,8 @@
 
 The contract is two functions of one parameter and one draw: ``masked(weight, logits, draw)`` gives the weight with its
 closed elements at zero, ``logit_gradient(gradient, weight, logits, draw, tau)`` what comes back. ``reference`` is plain
-PyTorch and is the definition; ``cpu`` gives the same samples bit for bit and the same gradients within float32 rounding.
+PyTorch and is the definition; ``cpu`` gives the same samples bit for bit, and the same gradients within float32
+rounding; ``blocked`` makes linear layers of ``cpu`` and matrix products.
 """
 
 import os

@@ -62,7 +62,7 @@ def backward(
     Returns:
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
     """
-    (samples, m, width), height = x.shape, weight.shape[0]
+    samples, width, height = x.shape[0], x.shape[2], weight.shape[0]
     rows = _rows(2 * samples, height, width)
     weight_gradients = x.new_empty(samples * rows * width)
     scratch = x.new_empty(samples * rows * width) if wants_x else None

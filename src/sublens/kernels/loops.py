@@ -25,7 +25,8 @@ _PARITY = u32(PARITY)
 _RUN = 8  # tiles that a thread takes at a time
 
 # Where each argument stands in the int64 array that a loop is given.
-NEXT, WEIGHT, LOGITS, MASKED, GRADIENT, RESULT, BEGIN, COUNT, SAMPLES, STRIDE, KEY, COUNTER = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 14
+NEXT, WEIGHT, LOGITS, MASKED, GRADIENT, RESULT, BEGIN, COUNT, SAMPLES, STRIDE = range(10)
+KEY, COUNTER = 10, 14
 FIELDS = 17
 """NEXT is the first tile not yet taken, counted from the first; WEIGHT ... RESULT are addresses of float32 data, of
 element BEGIN; MASKED and GRADIENT hold SAMPLES rows, STRIDE elements apart; KEY is four words, COUNTER three (sample,
@@ -110,13 +111,16 @@ def threefry(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, k2: Any, k3: 
     return a, b, c, d
 
 
-_VECTOR = {"error_model": "numpy", "cache": True, "nogil": True}
+def _vector(signature: Any) -> Any:
+    return njit(signature, error_model="numpy", cache=True, nogil=True)
+
+
 _floats = types.Array(types.float32, 1, "C")
 _ints = types.Array(types.int32, 1, "C")
 _words = types.Array(types.int64, 1, "C")
 
 
-@njit(types.void(_ints, types.int64, types.int64, _words), **_VECTOR)
+@_vector(types.void(_ints, types.int64, types.int64, _words))
 def _draw(k: Any, tile: Any, sample: Any, p: Any) -> None:
     """The 512 draws of a tile."""
     k0, k1, k2, k3 = u32(p[KEY]), u32(p[KEY + 1]), u32(p[KEY + 2]), u32(p[KEY + 3])
@@ -135,7 +139,7 @@ def _draw(k: Any, tile: Any, sample: Any, p: Any) -> None:
         k[448 + j] = d >> u32(16)
 
 
-@njit(types.void(_floats, _floats), **_VECTOR)
+@_vector(types.void(_floats, _floats))
 def _odds(o: Any, logits: Any) -> None:
     for j in range(o.size):
         x = logits[j]
@@ -154,20 +158,20 @@ def _odds(o: Any, logits: Any) -> None:
         o[j] = q * _as_float(i32(i32(i32(n) + 127) << 23))
 
 
-@njit(types.void(_ints, _floats), **_VECTOR)
+@_vector(types.void(_ints, _floats))
 def _thresholds(t: Any, o: Any) -> None:
     for j in range(t.size):
         t[j] = i32(_LEVELS / (f32(1.0) + o[j]) + f32(0.5))
 
 
-@njit(types.void(_floats, _floats, _ints, _ints), **_VECTOR)
+@_vector(types.void(_floats, _floats, _ints, _ints))
 def _mask(out: Any, weight: Any, k: Any, t: Any) -> None:
     for j in range(out.size):
         w = weight[j]
         out[j] = w if k[j] >= t[j] else f32(0.0)
 
 
-@njit(types.void(_floats, _floats, _ints, _floats), **_VECTOR)
+@_vector(types.void(_floats, _floats, _ints, _floats))
 def _fold(total: Any, gradient: Any, k: Any, o: Any) -> None:
     for j in range(total.size):
         a = f32(i32(k[j] + k[j] + 1))
@@ -177,13 +181,13 @@ def _fold(total: Any, gradient: Any, k: Any, o: Any) -> None:
         total[j] += gradient[j] * (a * b / (d * d))
 
 
-@njit(types.void(_floats, _floats, _floats), **_VECTOR)
+@_vector(types.void(_floats, _floats, _floats))
 def _times(out: Any, total: Any, weight: Any) -> None:
     for j in range(out.size):
         out[j] = total[j] * weight[j]
 
 
-@njit(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True, nogil=True)
+@_vector(types.void(types.CPointer(types.int64)))
 def _walk(pointer: Any) -> None:
     p = carray(pointer, (FIELDS,))
     begin, count, samples, stride = p[BEGIN], p[COUNT], p[SAMPLES], p[STRIDE]

@@ -5,10 +5,10 @@ With one uniform number u per gate, log(u) - log(1 - u) is logistic noise, and t
 
     s = sigmoid((logit + log(u) - log(1 - u)) / tau),    b = 1[s > 1/2].
 
-With the odds o = exp(logit), s > 1/2 iff u > 1 / (1 + o), whatever tau is; and for tau = 1, s = u o / (u o + 1 - u) and
-ds/dlogit = s (1 - s). Since u = (k + 1/2) / 65536 with an integer k (:mod:`sublens.noise`), an element is open iff
-k >= T with the integer threshold T = floor(65536 / (1 + o) + 1/2). Every float32 operation here is rounded by itself, in
-the order written, so a fused path that keeps the order gets the same bits.
+With the odds o = exp(logit), s > 1/2 iff u > 1 / (1 + o), whatever tau is; and for tau = 1, s = u o / (u o + 1 - u)
+and ds/dlogit = s (1 - s). Since u = (k + 1/2) / 65536 with an integer k (:mod:`sublens.noise`), an element is open iff
+k >= T with the integer threshold T = floor(65536 / (1 + o) + 1/2). Every float32 operation here is rounded by
+itself, in the order written, so a fused path that keeps the order gets the same bits.
 """
 
 import torch
