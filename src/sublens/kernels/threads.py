@@ -2,8 +2,8 @@
 
 A second thread pool beside PyTorch's (Numba's, say) makes both spin against each other for the same cores between two
 calls. PyTorch's CPU builds for Linux use GNU OpenMP, whose entry point ``GOMP_parallel`` starts a parallel region on
-the pool that already exists. Where it is not to be found (another platform, another OpenMP), plain Python threads do the
-same work; the loops take their share from one atomic counter, so that either way gives the same result.
+the pool that already exists. Where it is not to be found (another platform, another OpenMP), plain Python threads do
+the same work; the loops take their share from one atomic counter, so that either way gives the same result.
 """
 
 import ctypes
