@@ -54,8 +54,8 @@ def wide(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
     [
         # the default, and biases
         (None, False, DEFAULT),
-        (None, True, [*DEFAULT[:1], "encoder.0.weight", "encoder.0.bias", "encoder.2.weight", "conv.0.weight", "conv.0.bias",
-                      "head.weight", "head.bias"]),
+        (None, True, ["position", "encoder.0.weight", "encoder.0.bias", "encoder.2.weight", "conv.0.weight",
+                      "conv.0.bias", "head.weight", "head.bias"]),
         # exact names mean that parameter, whatever it is
         ("encoder.0.weight", False, ["encoder.0.weight"]),
         ("encoder.0.weight", True, ["encoder.0.weight", "encoder.0.bias"]),
@@ -97,7 +97,7 @@ def wide(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
 )  # fmt: skip
 def test_table(where: object, biases: bool, expected: list[str]) -> None:
     network = Block()
-    selected = select(network, where, biases=biases)  # type: ignore[arg-type]
+    selected = select(network, where, biases=biases)
     assert list(selected) == expected
     parameters = dict(network.named_parameters())
     assert all(selected[name] is parameters[name] for name in selected)
@@ -166,14 +166,14 @@ def test_tied_names() -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("encodr.0.weight", "where='encodr.0.weight' matches no parameter and no module. Did you mean 'encoder.0.weight'"),
+        ("encodr.0.weight", "'encodr.0.weight' matches no parameter and no module. Did you mean 'encoder.0.weight'"),
         ("zzz", "There is position, scale, count"),
         ("", "where='' matches no parameter"),
         ("encoder.*.wieght", "Did you mean 'encoder."),
         (["encoder", "haed"], "where='haed' matches no parameter and no module. Did you mean 'head'"),
         (["encoder", "!haed"], "where='haed' matches no parameter and no module. Did you mean 'head'"),
         ("count", r"where='count' matches nothing that can be masked \(count is torch.int64\)"),
-        (nn.Conv2d, "where=Conv2d: the network has no module of this class with weights to mask. It has BatchNorm1d, Conv1d"),
+        (nn.Conv2d, "where=Conv2d: the network has no module of this class .*It has BatchNorm1d, Conv1d"),
         (nn.Dropout, "where=Dropout"),
         (lambda *_: False, "the predicate accepted none of the parameters"),
         (lambda *_: torch.tensor(True), "a predicate must return True or False; for '.*' it returned a Tensor"),
@@ -188,26 +188,26 @@ def test_tied_names() -> None:
 )  # fmt: skip
 def test_refusals(where: object, message: str) -> None:
     with pytest.raises(SelectionError, match=message):
-        select(Block(), where)  # type: ignore[arg-type]
+        select(Block(), where)
 
 
 def test_a_module_or_parameter_in_place_of_its_name_is_refused_with_the_name() -> None:
     network = Block()
     with pytest.raises(SelectionError, match="not Linear; write where='head' for this one"):
-        select(network, network.head)  # type: ignore[arg-type]
-    with pytest.raises(SelectionError, match="not Parameter; write where='head.weight' for this one"):
-        select(network, [network.head.weight])  # type: ignore[list-item]
+        select(network, network.head)
+    with pytest.raises(SelectionError, match=r"not Parameter; write where='head\.weight' for this one"):
+        select(network, [network.head.weight])
 
 
 def test_networks_with_nothing_to_mask_are_refused() -> None:
-    with pytest.raises(SelectionError, match="no weight of two or more dimensions.*It has weight, bias"):
+    with pytest.raises(SelectionError, match=r"no weight of two or more dimensions.*It has weight, bias"):
         select(nn.LayerNorm(3))
     with pytest.raises(SelectionError, match="It has no parameters"):
         select(nn.ReLU())
     with pytest.raises(SelectionError, match="parameter 'weight' has no shape yet; run one batch"):
         select(nn.LazyLinear(3))
     with pytest.raises(SelectionError, match=r"needs a torch.nn.Module, not dict"):
-        select({})  # type: ignore[arg-type]
+        select({})
 
 
 def test_empty_tensors_are_not_selected() -> None:

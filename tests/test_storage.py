@@ -314,7 +314,7 @@ TWO = {"a": torch.zeros(2, dtype=torch.uint8)}
         (container({"a": U8 | {"shape": [2**62]}}, b"ab"), "not a whole safetensors file"),
         (container({"a": U8 | {"shape": [2**32, 2**32, 2**32]}}, b"ab"), "not a whole safetensors file"),
         (container({"a": U8 | {"shape": [-2]}}, b"ab"), "not a whole safetensors file"),
-        (container({"a": {"dtype": "U8", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}), "not a whole safetensors"),
+        (container({"a": {"dtype": "U8", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}), "not a whole"),
         (container({"a": U8 | {"data_offsets": [0, 2**62]}}, b"ab"), "not a whole safetensors file"),
         (container({"a": U8 | {"data_offsets": [1, 3]}}, b"abc"), "not a whole safetensors file"),
         (container({"a": U8, "b": U8}, b"ab"), "not a whole safetensors file"),

@@ -88,7 +88,8 @@ def match_names(patterns: str | Iterable[str], names: Iterable[str]) -> list[str
         exact = [name for name in names if name == pattern or name.startswith(f"{pattern}.")]
         found = exact or fnmatch.filter(names, pattern)
         if not found:
-            raise SelectionError(f"'{pattern}' matches no name. {_hints(pattern, names)}")
+            enclosing = {name[:dot] for name in names for dot in range(len(name)) if name[dot] == "."}
+            raise SelectionError(f"'{pattern}' matches no name. {_hints(pattern, [*names, *sorted(enclosing)])}")
         chosen.update(found)
     return [name for name in names if name in chosen]
 
