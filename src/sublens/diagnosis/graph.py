@@ -164,16 +164,17 @@ class Term:
     monotone: bool
 
 
-def terms_of(graph: Graph) -> tuple[list[Term], int]:
+def terms_of(graph: Graph) -> tuple[list[Term], int, bool]:
     """The loss taken apart at its additions.
 
     Returns:
-        the terms that take gradient, and how many operands of these additions take none (numbers, or detached tensors).
+        the terms that take gradient; how many operands of these additions take none (numbers, or detached tensors);
+        and whether one of these is certainly a number that was written down, as in ``1 - similarity``.
     """
     if graph.root is None:
-        return [], 0
+        return [], 0, False
     terms: list[Term] = []
-    constants = 0
+    constants, written = 0, False
     pending: list[tuple[Edge | None, float]] = [(graph.root, 1.0)]
     while pending:
         edge, coefficient = pending.pop()
@@ -184,9 +185,10 @@ def terms_of(graph: Graph) -> tuple[list[Term], int]:
         if parts is None:
             terms.append(_classify(graph, edge, coefficient))
             continue
-        constants += kind(edge[0]) == "Rsub"  # number - tensor: the number is no operand in the graph
+        if kind(edge[0]) == "Rsub":  # number - tensor: the number is no operand in the graph
+            constants, written = constants + 1, True
         pending += [(below, coefficient * factor) for below, factor in parts]
-    return terms, constants
+    return terms, constants, written
 
 
 def _parts(edge: Edge) -> list[tuple[Edge | None, float]] | None:
@@ -240,7 +242,8 @@ def _classify(graph: Graph, edge: Edge, coefficient: float) -> Term:
     for node in graph.below(edge):
         name = kind(node)
         if name == "Accumulate":
-            penalty = penalty and graph.reach((node, 0)) != 0
+            # A single number beside the logits may be a multiplier that is learned with them.
+            penalty = penalty and (graph.reach((node, 0)) != 0 or node.variable.numel() == 1)  # type: ignore[attr-defined]
         elif name in ("Mul", "Div"):
             lone, other = _multiplied(node)
             penalty = penalty and other <= 1

@@ -67,13 +67,15 @@ class LossReading:
 def read_loss(loss: Tensor, graph: Graph, logits: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> LossReading:
     """Everything that the graph alone tells (no backward pass)."""
     reading = LossReading(graph)
-    terms, reading.constants = terms_of(graph)
+    terms, reading.constants, written = terms_of(graph)
     held = {id(tensor) for group in groups for tensor in group["params"]}
     by_hand = [leaf for leaf in (_lone_leaf(term) for term in terms) if leaf is not None and id(leaf) not in held]
     by_hand = [leaf for leaf in by_hand if all(leaf is not tensor for tensor in logits.values())]
     reading.penalties = [term for term in terms if term.penalty]
     reading.task = [term for term in terms if not term.penalty]
     reading.constant = _constant(loss, terms, reading.constants)
+    if written and reading.constant and abs(reading.constant - round(reading.constant, 2)) < 1e-5:
+        reading.constant = 0.0  # a loss such as 1 - similarity: that number is its own
     if by_hand:
         value = ", ".join(f"{float(leaf.detach()):.4g}" for leaf in by_hand[:3])
         reading.findings.append(
@@ -132,7 +134,8 @@ def _unreached(reading: LossReading, logits: Mapping[str, Tensor], held: set[int
                 "If the forward pass does use it, look for what cuts its gate off: .detach(), .data, a threshold.",
             )
         )
-    rest = [leaf for leaf in others if all(leaf is not twin for twin in twins)]
+    # A single number is a temperature or a multiplier that is learned beside the mask, and no network.
+    rest = [leaf for leaf in others if leaf.numel() > 1 and all(leaf is not twin for twin in twins)]
     if rest and reading.trained:
         reading.findings += _others_train(rest, held)
 

@@ -46,12 +46,11 @@ def noise_checks(
     everything = {node for edge in task for node in graph.below(edge)}
     offsets: list[_Offset] = []
     rows: list[str] = []
-    replay = Replay()
     for index, (name, logit) in enumerate(logits.items()):
         if logit.numel() < _FEWEST or not logit.is_floating_point():
             continue
         nodes = relevant if name in gated else everything
-        for sample in _samples(graph, nodes, 1 << index, logit, replay):
+        for sample in _samples(graph, nodes, 1 << index, logit):
             shared = _read(name, sample, logit)
             if isinstance(shared, _Offset):
                 offsets.append(shared)
@@ -109,12 +108,13 @@ class _Sample:
     slope: Tensor | None = None
 
 
-def _samples(graph: Graph, nodes: set[Node], bit: int, logit: Tensor, replay: Replay) -> Iterator[_Sample]:
+def _samples(graph: Graph, nodes: set[Node], bit: int, logit: Tensor) -> Iterator[_Sample]:
     """Relaxed samples made from these logits alone, and not by a function that certainly has no noise."""
     for node in graph.nodes:
         if node not in nodes or graph.reach((node, 0)) != bit:
             continue
         name, shape = kind(node), shape_of((node, 0))
+        replay = Replay()  # one for each: it holds on to all that it computes, and layers are large
         found: list[_Sample] = []
         if name == "Softmax" and shape == (*logit.shape, 2):
             found = _of_two(node, logit, replay)
