@@ -629,7 +629,7 @@ def byte_row(*values: int) -> Tensor:
 @pytest.mark.parametrize(
     ("content", "change", "message"),
     [
-        ({"w": byte_row(1, 2)}, {"shapes": {"w": [3]}}, "'w': shape (3,) needs 1 bytes of packed bits, but there are 2"),
+        ({"w": byte_row(1, 2)}, {"shapes": {"w": [3]}}, "'w': shape (3,) needs 1 bytes of packed bits, but"),
         ({"w": byte_row(1)}, {"shapes": {"w": [3, 3]}}, "needs 2 bytes"),
         ({"w": byte_row(8)}, {"shapes": {"w": [3]}}, "padding bits after the last of 3 elements are set"),
         ({"w": torch.ones(1)}, {"shapes": {"w": [3]}}, "packed bits must be one row of uint8, not torch.float32"),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import FileError, MismatchError, NonFiniteError, SettingError
-from .selection import Where, match_names, select, tied_names
-from .storage import (
+from sublens.errors import FileError, MismatchError, NonFiniteError, SettingError
+from sublens.selection import Where, match_names, select, tied_names
+from sublens.storage import (
     check_packed,
     fingerprint_entry,
     hash_tensors,

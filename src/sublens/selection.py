@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from .errors import SelectionError
+from sublens.errors import SelectionError
 
 Predicate: TypeAlias = Callable[[str, nn.Parameter, nn.Module], bool]
 Where: TypeAlias = "str | type[nn.Module] | Predicate | Iterable[str | type[nn.Module] | Predicate] | None"

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import FileError, MismatchError, SettingError
+from sublens.errors import FileError, MismatchError, SettingError
 
 VERSION = 1
 MAX_HEADER_BYTES = 2**24
