@@ -1,0 +1,332 @@
+"""The report's figures, as SVG: once as a file of its own, once to stand inside the page and follow its colours."""
+
+import io
+import re
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+
+    from sublens.report.run_folder import Overlap, OverlapValues, Record
+
+# Role of a colour -> its value in the figure files. In the page each becomes the CSS variable of its name, which is
+# how figures follow the light and the dark scheme. The series are the colours of Okabe and Ito, made to be told apart
+# by colour-blind readers; dashes and markers tell them apart in grey.
+COLOURS = {
+    "ink": "#1b1f24",
+    "quiet": "#6a737d",
+    "rule": "#d3d8de",
+    "chance": "#b9c0c8",
+    "series-0": "#0072b2",
+    "series-1": "#d55e00",
+    "series-2": "#009e73",
+    "series-3": "#cc79a7",
+    "series-4": "#b07d00",
+    "series-5": "#3f9fd1",
+}
+_SERIES = [name for name in COLOURS if name.startswith("series-")]
+_DASHES: list[Any] = [
+    "-",
+    (0, (5, 1.6)),
+    (0, (1.2, 1.4)),
+    (0, (6, 1.5, 1.2, 1.5)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (9, 2)),
+]
+_MARKERS = ["o", "s", "^", "D", "v", "P"]
+_CURVES = (("loss", "loss", "log"), ("kept", "kept (%)", "linear"), ("gradient_norm", "gradient norm", "log"))
+_POINTS = 400  # points of a curve: more than can be seen apart at this size, few enough for a small page
+_WIDTH = 7.4  # inches
+_SVG = "http://www.w3.org/2000/svg"
+_XLINK = "http://www.w3.org/1999/xlink"
+
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
+    "text.parse_math": False,  # a "$" in a layer's name is a "$"
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["quiet"],
+    "axes.linewidth": 0.7,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+    "xtick.color": COLOURS["quiet"],
+    "ytick.color": COLOURS["quiet"],
+    "xtick.labelcolor": COLOURS["ink"],
+    "ytick.labelcolor": COLOURS["ink"],
+    "grid.color": COLOURS["rule"],
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def curves(history: Mapping[str, Sequence["Record"]]) -> str | None:
+    """Draw loss, kept share and gradient norm of each mask over its training steps; ``None`` if nothing was recorded.
+
+    Args:
+        history: mask name -> its records in order of steps. A record may lack a quantity.
+    """
+    shown = [curve for curve in _CURVES if any(_series(records, curve[0])[0] for records in history.values())]
+    if not shown:
+        return None
+    with _figure(_WIDTH, 1.75 * len(shown) + 0.5) as figure:
+        grid = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (key, label, scale) in zip(grid, shown, strict=True):
+            for index, (name, records) in enumerate(history.items()):
+                steps, values = _series(records, key)
+                factor = 100 if key == "kept" else 1
+                axes.plot(
+                    steps,
+                    [factor * value for value in values],
+                    color=_colour(index),
+                    linestyle=_DASHES[index % len(_DASHES)],
+                    label=_label(name),
+                )
+            if scale == "log" and all(v > 0 for records in history.values() for v in _series(records, key)[1]):
+                axes.set_yscale("log")
+                # Few plain numbers: "0.02", not powers of ten.
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                axes.yaxis.set_minor_locator(NullLocator())
+            if key == "kept":
+                axes.set_ylim(0, None)
+            axes.set_ylabel(label)
+            axes.grid(axis="y")
+        grid[-1].set_xlabel("training step")
+        grid[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        grid[0].margins(x=0.01)
+        _legend(figure, grid[0])
+        return _svg(figure, "curves")
+
+
+def kept_per_layer(kept: Mapping[str, Mapping[str, float]]) -> str | None:
+    """Draw the share of weights that each mask keeps in each layer (in percent); ``None`` if there are no layers.
+
+    Args:
+        kept: mask name -> layer name -> kept fraction in 0..1.
+    """
+    layers = list(dict.fromkeys(layer for per_layer in kept.values() for layer in per_layer))
+    if not layers:
+        return None
+    with _figure(_WIDTH, _rows_height(layers, 0.34 + 0.04 * len(kept))) as figure:
+        axes = figure.subplots()
+        spread = 0.5 / max(len(kept) - 1, 1)
+        for index, (name, per_layer) in enumerate(kept.items()):
+            offset = (index - (len(kept) - 1) / 2) * spread
+            present = [(row + offset, 100 * per_layer[layer]) for row, layer in enumerate(layers) if layer in per_layer]
+            rows, values = zip(*present, strict=True) if present else ((), ())
+            axes.hlines(rows, 0, values, color=_colour(index), linewidth=1.1)
+            axes.plot(
+                values,
+                rows,
+                linestyle="none",
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=5.5,
+                color=_colour(index),
+                label=_label(name),
+            )
+        _layer_rows(axes, layers)
+        axes.set_xlim(0, None)
+        axes.margins(x=0.04)
+        axes.set_xlabel("weights kept (%)")
+        _legend(figure, axes)
+        return _svg(figure, "kept-per-layer")
+
+
+def overlap_per_layer(overlap: "Overlap", name: str, repeats: Mapping[str, "Overlap"]) -> str | None:
+    """Draw IoU and IoMin of two masks in each layer beside what random masks have; ``None`` if there are no layers.
+
+    Args:
+        overlap: the two masks' overlap; for each measure the mean and the 95 % band of random masks that keep as many
+            weights in each layer.
+        name: unique name of the figure in its page.
+        repeats: task -> overlap of its mask with one of the same task and another seed; may be empty.
+    """
+    if not overlap.layers:
+        return None
+    rows = {"all layers": overlap.total} | overlap.layers
+    with _figure(_WIDTH, _rows_height(list(rows), 0.36)) as figure:
+        pair = figure.subplots(1, 2, sharey=True)
+        for axes, key, title in zip(pair, ("iou", "iomin"), ("IoU", "IoMin"), strict=True):
+            for row, values in enumerate(rows.values()):
+                chance = values.chance.get(key)
+                if chance is not None:
+                    # A band of random masks can be narrower than a hair; its outline keeps it visible.
+                    axes.barh(
+                        row,
+                        chance.high - chance.low,
+                        left=chance.low,
+                        height=0.62,
+                        color=COLOURS["chance"],
+                        edgecolor=COLOURS["chance"],
+                        linewidth=2.5,
+                        label="random masks: 95 % band" if row == 0 else None,
+                    )
+                    axes.plot(
+                        [chance.mean] * 2,
+                        [row - 0.31, row + 0.31],
+                        color=COLOURS["quiet"],
+                        linewidth=1,
+                        label="random masks: mean" if row == 0 else None,
+                    )
+            _overlap_points(axes, rows, key, "o", COLOURS["series-0"], f"{overlap.first} and {overlap.second}")
+            for index, (task, repeat) in enumerate(repeats.items(), start=1):
+                again = {"all layers": repeat.total} | repeat.layers
+                same_rows = {row: again[row] for row in rows if row in again}
+                marker, colour = _MARKERS[index % len(_MARKERS)], _colour(index)
+                _overlap_points(axes, same_rows, key, marker, colour, f"{task} and {task}, another seed", hollow=True)
+            _layer_rows(axes, list(rows))
+            axes.axhline(0.5, color=COLOURS["quiet"], linewidth=0.8)
+            axes.set_xlim(0, 1)
+            axes.set_xlabel(title)
+        _legend(figure, pair[0])
+        return _svg(figure, name)
+
+
+def _overlap_points(
+    axes: "Axes",
+    rows: Mapping[str, "OverlapValues"],
+    key: str,
+    marker: str,
+    colour: str,
+    label: str,
+    hollow: bool = False,
+) -> None:
+    present = [(row, values.measures[key]) for row, values in enumerate(rows.values()) if key in values.measures]
+    axes.plot(
+        [value for _, value in present],
+        [row for row, _ in present],
+        linestyle="none",
+        marker=marker,
+        markersize=5.5,
+        markerfacecolor="none" if hollow else colour,
+        markeredgewidth=1.2,
+        color=colour,
+        label=label,
+    )
+
+
+def inline(svg: str, prefix: str, description: str) -> str:
+    """Return the figure as an ``<svg>`` element for an HTML page.
+
+    Ids get ``prefix``, since a page holds many figures; colours become the page's CSS variables; what would act
+    outside the figure (its style sheet) or is of no use in a page (metadata) is dropped.
+
+    Args:
+        svg: a figure as the other functions return it.
+        prefix: unique in the page; letters, digits and "-".
+        description: what a screen reader says instead; any text.
+    """
+    root = ET.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{_SVG}}}style", f"{{{_SVG}}}metadata"):
+                parent.remove(child)
+    for element in root.iter():
+        for key, value in list(element.attrib.items()):
+            if key == "id":
+                element.set(key, f"{prefix}-{value}")
+            elif key == f"{{{_XLINK}}}href":
+                del element.attrib[key]
+                element.set("href", f"#{prefix}-{value.removeprefix('#')}")
+            elif key in ("style", "fill", "stroke", "clip-path"):
+                value = re.sub(r"url\(#", f"url(#{prefix}-", value)
+                # The page's own font: matplotlib's is not on every machine.
+                element.set(key, re.sub(r"(font: [^;]*?px) [^;]*", r"\1 var(--figure-font)", _with_variables(value)))
+    for size in ("width", "height"):
+        root.attrib.pop(size, None)
+    root.set("role", "img")
+    title = ET.Element(f"{{{_SVG}}}title")
+    title.text = description
+    root.insert(0, title)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
+    return ET.tostring(root, encoding="unicode")
+
+
+def _with_variables(value: str) -> str:
+    for name, colour in COLOURS.items():
+        value = value.replace(colour, f"var(--{name})")
+    return value
+
+
+@contextmanager
+def _figure(width: float, height: float) -> "Iterator[Figure]":
+    with mpl.rc_context(cast(Any, _STYLE)), warnings.catch_warnings():
+        # The browser's fonts draw the text, so what matplotlib's own font lacks does not matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Return the figure as the text of an SVG file, the same bytes for the same numbers."""
+    with mpl.rc_context({"svg.hashsalt": f"sublens {name}"}):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue().decode("utf-8")
+
+
+def _series(records: Sequence["Record"], key: str) -> tuple[list[float], list[float]]:
+    """Return steps and values of what was recorded under ``key``, in at most ``_POINTS`` means of equal length."""
+    points = [(record["step"], record[key]) for record in records if key in record]
+    length = -(-len(points) // _POINTS) or 1
+    groups = [points[start : start + length] for start in range(0, len(points), length)]
+    return [group[-1][0] for group in groups], [sum(value for _, value in group) / len(group) for group in groups]
+
+
+def _colour(index: int) -> str:
+    return COLOURS[_SERIES[index % len(_SERIES)]]
+
+
+def _label(name: str) -> str:
+    # Legends leave out labels that begin with an underscore; a word joiner in front is not seen.
+    return f"\u2060{name}" if name.startswith("_") else name
+
+
+def _legend(figure: Figure, axes: "Axes") -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    # As many in a line as the figure is wide: about 100 characters, of which each entry's line or marker takes ten.
+    columns = max(1, min(len(labels), 100 // (max(map(len, labels)) + 10)))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.6)
+
+
+def _rows_height(rows: Sequence[str], row: float) -> float:
+    return 1.0 + row * len(rows)
+
+
+def _layer_rows(axes: "Axes", layers: Sequence[str]) -> None:
+    axes.set_yticks(range(len(layers)), [_shorten(layer) for layer in layers])
+    axes.set_ylim(len(layers) - 0.5, -0.5)  # first layer on top
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+
+
+def _shorten(name: str, limit: int = 36) -> str:
+    """Cut the middle out of a long name: in dotted names both ends tell layers apart."""
+    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit // 2) :]}"

@@ -1,0 +1,142 @@
+"""The page: one HTML file that holds everything it shows, with no script and nothing to fetch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sublens.errors import FileError
+from sublens.report import figures, sentences
+from sublens.report.run_folder import Chance, Overlap, RunFolder, printable, read
+
+
+def write_report(folder: Path | str) -> Path:
+    """Write ``figures/*.svg`` and ``report.html`` into a run folder.
+
+    Args:
+        folder: folder of a finished run; ``result.json`` must be there, ``history.jsonl`` may be.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        FileError: a file of the run is missing or damaged, or the folder cannot be written to.
+    """
+    folder = Path(folder)
+    run = read(folder)
+    drawn = _draw(run)
+    page = _render(run, drawn)
+    target = folder / "report.html"
+    try:
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, svg in drawn.items():
+            (folder / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"The report cannot be written to {folder}: {error.strerror}.") from error
+    return target
+
+
+def _draw(run: RunFolder) -> dict[str, str]:
+    """Return the figures that the run has numbers for: file name without its ending -> SVG."""
+    drawn = {
+        "kept-per-layer": figures.kept_per_layer({name: mask.kept_per_layer for name, mask in run.masks.items()}),
+        "curves": figures.curves(run.history),
+    }
+    for index, pair in enumerate(run.overlaps):
+        name = _overlap_name(index)
+        drawn[name] = figures.overlap_per_layer(pair, name, _repeats_of(run, pair))
+    return {name: svg for name, svg in drawn.items() if svg is not None}
+
+
+def _repeats_of(run: RunFolder, pair: Overlap) -> dict[str, Overlap]:
+    return {task: repeat for task, repeat in run.repeats.items() if task in (pair.first, pair.second)}
+
+
+def _overlap_name(index: int) -> str:
+    # Numbered, not named after the masks: names in files may hold anything.
+    return "overlap-per-layer" if index == 0 else f"overlap-per-layer-{index + 1}"
+
+
+def _render(run: RunFolder, drawn: Mapping[str, str]) -> str:
+    environment = Environment(
+        loader=PackageLoader("sublens.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=sentences.percent, duration=_duration, setting=_setting)
+
+    def figure(name: str, sentence: str) -> Markup | None:
+        # The only text that is not escaped by the template: an XML writer has escaped what is in it.
+        return Markup(figures.inline(drawn[name], name, sentence)) if name in drawn else None
+
+    texts = {
+        "accuracy": sentences.accuracy(run),
+        "inverse": sentences.inverse(run),
+        "kept": sentences.kept(run),
+        "curves": sentences.curves(run.history),
+    }
+    pairs = []
+    for index, pair in enumerate(run.overlaps):
+        text = sentences.overlap(pair, _repeats_of(run, pair))
+        pairs.append({"pair": pair, "sentence": text, "figure": figure(_overlap_name(index), text)})
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        texts=texts,
+        groups=_accuracy_groups(run),
+        confusions=[
+            {"who": who, "table": table, "columns": _columns(table), "sentence": sentences.confusion(table, who)}
+            for who, table in run.confusion.items()
+        ],
+        kept_figure=figure("kept-per-layer", texts["kept"]),
+        curves_figure=figure("curves", texts["curves"]),
+        pairs=pairs,
+        colours=figures.COLOURS,
+    )
+
+
+def _accuracy_groups(run: RunFolder) -> list[list[dict[str, Any]]]:
+    """Return the accuracy table in groups of rows: the network; each mask, its inverse, its halves and random masks."""
+    groups: list[list[dict[str, Any]]] = [[{"name": "whole network", "kept": 1.0, "values": run.network}]]
+    for name, mask in run.masks.items():
+        rows = (
+            (f"{name} mask", mask.accuracy, mask.kept),
+            ("its inverse", mask.inverse_accuracy, 1 - mask.kept),
+            ("in the first half of the layers only", mask.half_accuracy, None),
+            ("in the second half only", mask.late_half_accuracy, None),
+            ("random masks of its layer sizes, mean", _means(mask.random_accuracy), mask.kept),
+        )
+        groups.append([{"name": label, "kept": kept, "values": values} for label, values, kept in rows if values])
+    return groups
+
+
+def _means(chances: Mapping[str, Chance]) -> dict[str, float]:
+    return {task: chance.mean for task, chance in chances.items()}
+
+
+def _columns(table: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(answered for answers in table.values() for answered in answers))
+
+
+def _duration(seconds: float) -> str:
+    """Write a time for people: "12 s", "4 min 05 s", "2 h 03 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _setting(value: Any, *, nested: bool = False) -> str:
+    """Write a setting as it would be typed: no quotes, lists with commas. Only one level of nesting is shown."""
+    if isinstance(value, (list, dict)):
+        if nested:
+            return "…"
+        if isinstance(value, list):
+            return ", ".join(_setting(entry, nested=True) for entry in value) or "none"
+        return ", ".join(f"{printable(key)}: {_setting(entry, nested=True)}" for key, entry in value.items()) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else printable(value)
