@@ -22,6 +22,7 @@ from sublens.inspection.network import load_network, save_network, train_network
 from sublens.mask import Mask
 from sublens.study import Study, Task, repeat_of, seed_from
 
+CHECKPOINT_EVERY = 1000
 _PACKAGES = ("torch", "numba", "numpy", "safetensors")
 
 
@@ -157,6 +158,7 @@ def _mask(study: Study, task: Task, name: str, net: nn.Module, seed: int, folder
         evaluate_every=study.evaluate_every,
         folder=folder.checkpoints(name),
         resume=True,
+        checkpoint_every=CHECKPOINT_EVERY,
         progress=f"mask {name}" if progress else False,
     )
     folder.finish(name, run.history, run.seconds)

@@ -21,7 +21,7 @@ from sublens.storage import load_weights, save_tensors
 from sublens.study import Study, seed_from
 
 _RECORD_EVERY = 100
-_CHECKPOINT_EVERY = 1000
+CHECKPOINT_EVERY = 1000
 
 
 def build_network(study: Study, seed: int) -> nn.Module:
@@ -115,9 +115,10 @@ class _Training:
         self._network.train()
         try:
             while True:
-                if state.recorded != state.step and (state.step % _RECORD_EVERY == 0 or state.step == steps):
-                    self._record(display)
-                if state.step == steps or state.step % _CHECKPOINT_EVERY == 0:
+                evaluates = state.step == steps or state.step % self._study.evaluate_every == 0
+                if state.recorded != state.step and (evaluates or state.step % _RECORD_EVERY == 0):
+                    self._record(display, evaluates)
+                if state.step == steps or state.step % CHECKPOINT_EVERY == 0:
                     self._save()
                 if state.step == steps:
                     break
@@ -167,11 +168,10 @@ class _Training:
             parameter=broken,
         )
 
-    def _record(self, display: Display) -> None:
+    def _record(self, display: Display, evaluates: bool) -> None:
         state = self.state
         steps = max(state.count, 1)
         record: Record = {"step": state.step, "loss": state.loss / steps, "gradient_norm": state.norm / steps}
-        evaluates = state.step % self._study.evaluate_every == 0 or state.step == self._study.network_steps
         if evaluates:
             seed_torch("evaluate", self._seed, state.step)
             record |= accuracies(self._network, self._metrics)

@@ -11,10 +11,9 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 from sublens.errors import StudyError, SublensError
 from sublens.study import Study
@@ -75,24 +74,25 @@ def load(name_or_path: str | Path, *, preset: str | None = None, **settings: Any
         source = path.read_bytes()
     except OSError as error:
         raise StudyError(f"Cannot read the study {path}: {error.strerror}.") from error
-    study = _build(_function_of(path), str(path), preset, settings, path)
+    study = _build(_function_of(path, source), str(path), preset, settings, path)
     # The file's hash among the settings: a run of another version of the file is another run.
     return replace(study, settings={**study.settings, "file_sha256": hashlib.sha256(source).hexdigest()})
 
 
-def _function_of(path: Path) -> Callable[..., Any]:
+def _function_of(path: Path, source: bytes) -> Callable[..., Study]:
     """Execute the file and return its ``study``."""
     path = path.resolve()
-    name = f"sublens_study_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    spec = spec_from_file_location(name, path)
-    if path.suffix != ".py" or spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise StudyError(f"The study {path} is not a Python file: its name must end in .py.")
-    module: ModuleType = module_from_spec(spec)
+    name = f"sublens_study_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses and pickling inside the file look their module up
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # as for any script: modules beside the file can be imported
     try:
-        spec.loader.exec_module(module)
+        # The very bytes that are hashed, and no cached bytecode beside the file.
+        exec(compile(source, path, "exec"), vars(module))
     except SublensError:
         raise
     except Exception as error:
@@ -102,11 +102,15 @@ def _function_of(path: Path) -> Callable[..., Any]:
         near = difflib.get_close_matches("study", [key for key in vars(module) if not key.startswith("_")], n=1)
         hint = f" (it defines {near[0]!r})" if near else ""
         raise StudyError(f"{path.name} defines no function study(){hint}. Add one that returns a sublens.Study.")
-    return function
+    return cast(Callable[..., Study], function)
 
 
 def _build(
-    function: Callable[..., Any], label: str, preset: str | None, settings: Mapping[str, Any], path: Path | None = None
+    function: Callable[..., Study],
+    label: str,
+    preset: str | None,
+    settings: Mapping[str, Any],
+    path: Path | None = None,
 ) -> Study:
     """Call a study's function with what was asked, after a look at what it accepts."""
     wanted = {key: value for key, value in settings.items() if value is not None}

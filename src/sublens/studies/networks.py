@@ -25,4 +25,5 @@ class RepeatedLSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Answer the inputs ``x`` [N, inputs]."""
         states, _ = self.lstm(x.unsqueeze(1).expand(-1, self.steps, -1))
-        return self.output(states[:, -1])
+        answer: Tensor = self.output(states[:, -1])
+        return answer

@@ -1,0 +1,381 @@
+"""``inspect`` from end to end, on a study that takes seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from sublens.errors import FileError, MismatchError, NonFiniteError, SettingError, StudyError
+from sublens.inspection import default_folder, inspect, inspecting
+from sublens.inspection import network as network_module
+from sublens.mask import Mask
+from sublens.storage import load_weights
+from sublens.study import Study, Task, seed_from
+
+STEPS = 60
+
+
+def task(name: str, outputs: list[int], at_batch: Callable[[], object] = lambda: None) -> Task:
+    """Return the task of copying some of four inputs to the outputs."""
+    x_test = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+    def batches(step: int, seed: int) -> Tensor:
+        at_batch()
+        return torch.randn(16, 4, generator=torch.Generator().manual_seed(seed_from(seed, step)))
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return mse_loss(net(x)[:, outputs], x[:, outputs])
+
+    def metric(net: nn.Module) -> float:
+        return float(((net(x_test) - x_test)[:, outputs].abs() < 0.5).double().mean())
+
+    return Task(name=name, batches=batches, loss=loss, metric=metric)
+
+
+def make_study(at_batch: Callable[[], object] = lambda: None, **changes: Any) -> Study:
+    def network(seed: int) -> nn.Module:
+        # With dropout, whose random numbers a resumed run must draw again.
+        return nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Dropout(0.1), nn.Linear(12, 4))
+
+    settings: dict[str, Any] = {
+        "name": "copy",
+        "preset": "tiny",
+        "network": network,
+        "tasks": [task("low", [0, 1], at_batch), task("high", [2, 3], at_batch)],
+        "control": task("both", [0, 1, 2, 3], at_batch),
+        "batch_size": 16,
+        "network_steps": STEPS,
+        "network_lr": 1e-2,
+        "mask_steps": STEPS,
+        "mask_lr": 0.1,
+        "alpha": 0.05,
+        "evaluate_every": 20,
+        "repeated": ["low"],
+        "random_masks": 2,
+        "confusion": lambda net: {"told": {"right": 1.0}},
+    }
+    return Study(**{**settings, **changes})
+
+
+def run(out: Path, study: Study | None = None, **arguments: Any) -> dict[str, Any]:
+    return inspect(study or make_study(), out=out, **{"progress": False, "report": False, **arguments})
+
+
+@pytest.fixture(autouse=True)
+def frequent_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspecting, "CHECKPOINT_EVERY", 7)
+    monkeypatch.setattr(network_module, "CHECKPOINT_EVERY", 7)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(out)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file of a run by name; of result.json all but the wall times."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    result = json.loads(found["result.json"])
+    assert set(result.pop("seconds")) == {"network", "both", "low", "high", "low-repeat", "analysis", "total"}
+    found["result.json"] = json.dumps(result).encode()
+    return found
+
+
+def test_the_run_folder_holds_what_it_should(finished: Path) -> None:
+    assert set(contents(finished)) == {
+        "config.json",
+        "history.jsonl",
+        "network.safetensors",
+        "result.json",
+        *(f"masks/{name}.safetensors" for name in ("both", "low", "high", "low-repeat")),
+    }
+    result = json.loads((finished / "result.json").read_text())
+    config = json.loads((finished / "config.json").read_text())
+    assert {key: result[key] for key in config} == config
+    assert set(result["network"]["accuracy"]) == {"low", "high"}
+    assert list(result["masks"]) == ["both", "low", "high"]
+    assert result["overlap"]["masks"] == ["low", "high"]
+    assert result["repeats"]["low"]["overlap"]["masks"] == ["low", "low-repeat"]
+    assert set(result["confusion"]) == {"network", "both", "low", "high"}
+
+
+def test_the_result_is_that_of_the_files(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    study = make_study()
+    network = study.network(0)
+    network.load_state_dict(load_weights(finished / "network.safetensors"))
+    network.eval()
+    masks = {name: Mask.load(finished / "masks" / f"{name}.safetensors", network) for name in result["masks"]}
+    with torch.no_grad():
+        assert result["network"]["accuracy"] == {part.name: part.metric(network) for part in study.tasks}
+        for name, mask in masks.items():
+            assert result["masks"][name]["accuracy"] == {
+                part.name: part.metric(mask.apply(network)) for part in study.tasks
+            }
+            assert result["masks"][name]["kept"] == mask.kept
+    assert result["overlap"]["iou"] == masks["low"].iou(masks["high"])
+    assert masks["low"] != Mask.load(finished / "masks" / "low-repeat.safetensors", network)
+
+
+def test_the_masks_say_which_outputs_a_task_needs(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    network = make_study().network(0)
+    network.load_state_dict(load_weights(finished / "network.safetensors"))
+    low = Mask.load(finished / "masks" / "low.safetensors", network)
+    kept = low["3.weight"].double().mean(1)
+    assert kept[2:].max() < kept[:2].min()
+    assert result["masks"]["low"]["accuracy"]["low"] > result["masks"]["low"]["inverse_accuracy"]["low"]
+
+
+def test_the_history_has_every_part(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(record["part"] for record in records)) == ["network", "both", "low", "high", "low-repeat"]
+    network = [record for record in records if record["part"] == "network"]
+    assert [record["step"] for record in network] == [20, 40, 60]
+    assert network[-1]["loss"] < network[0]["loss"]
+    last = [record for record in records if record["part"] == "low"][-1]
+    result = json.loads((finished / "result.json").read_text())
+    assert last["step"] == STEPS
+    assert last["low"] == result["masks"]["low"]["accuracy"]["low"]
+    assert last["kept"] == result["masks"]["low"]["kept"]
+
+
+def test_the_same_command_gives_the_same_bits_and_another_seed_others(finished: Path, tmp_path: Path) -> None:
+    torch.manual_seed(12345)
+    run(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(finished)
+    run(tmp_path / "other", seed=1)
+    other = contents(tmp_path / "other")
+    same = [name for name, content in contents(finished).items() if other[name] == content]
+    assert same == []
+
+
+def test_nothing_global_is_changed(tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    run(tmp_path / "run", make_study(mask_steps=2, network_steps=2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("stop", [5, 33, STEPS + 10, STEPS + 59, 2 * STEPS + 1, 4 * STEPS + 30])
+def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(finished: Path, tmp_path: Path, stop: int) -> None:
+    calls = 0
+
+    def at_batch() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", make_study(at_batch))
+    assert not (tmp_path / "run" / "result.json").exists()
+    run(tmp_path / "run", make_study(at_batch), resume=True)
+    assert contents(tmp_path / "run") == contents(finished)
+    assert calls == 5 * STEPS + 1  # Ctrl-C leaves a checkpoint of the very step
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_inspection as tests
+from sublens.inspection import inspecting, network
+
+inspecting.CHECKPOINT_EVERY = network.CHECKPOINT_EVERY = 7
+calls = 0
+
+def at_batch():
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+tests.run(Path(sys.argv[2]), tests.make_study(at_batch), resume=True)
+"""
+
+
+def test_a_run_that_is_killed_again_and_again_resumes_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    out = tmp_path / "run"
+    for stop in (25, STEPS + 20, 2 * STEPS + 40):
+        done = subprocess.run(
+            [sys.executable, str(script), str(Path(__file__).parent), str(out), str(stop)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    calls = 0
+
+    def at_batch() -> None:
+        nonlocal calls
+        calls += 1
+
+    run(out, make_study(at_batch), resume=True)
+    assert contents(out) == contents(finished)
+    assert calls < 4 * STEPS  # what was finished is not done again
+
+
+def test_a_kill_while_the_result_is_made_costs_no_training(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inspecting, "_answers", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run")
+    calls: list[int] = []
+    run(tmp_path / "run", make_study(lambda: calls.append(1)), resume=True)
+    assert calls == []
+    assert contents(tmp_path / "run") == contents(finished)
+
+
+def test_resuming_a_finished_run_returns_its_result(finished: Path) -> None:
+    before = contents(finished)
+    calls: list[int] = []
+    result = run(finished, make_study(lambda: calls.append(1)), resume=True)
+    assert result == json.loads((finished / "result.json").read_text())
+    assert calls == []
+    assert contents(finished) == before
+
+
+def test_a_folder_in_use_is_refused(finished: Path, tmp_path: Path) -> None:
+    before = contents(finished)
+    with pytest.raises(SettingError, match="is not empty"):
+        run(finished)
+    with pytest.raises(MismatchError, match="seed was 0 and is now 1"):
+        run(finished, seed=1, resume=True)
+    with pytest.raises(MismatchError, match=r"settings\.mask_steps was 60 and is now 70; settings\.alpha was 0\.05"):
+        run(finished, steps=70, alpha=0.1, resume=True)
+    with pytest.raises(MismatchError, match='study was "copy" and is now "other"'):
+        run(finished, make_study(name="other"), resume=True)
+    assert contents(finished) == before
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(SettingError, match="no run of sublens"):
+        run(tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    with pytest.raises(FileError, match=r"letter\.txt"):
+        run(tmp_path / "letter.txt")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    with pytest.raises(FileError, match="cannot be read as JSON"):
+        run(tmp_path / "damaged", resume=True)
+
+
+def test_an_empty_folder_and_a_new_one_can_be_resumed_into(tmp_path: Path) -> None:
+    study = make_study(mask_steps=2, network_steps=2)
+    (tmp_path / "empty").mkdir()
+    run(tmp_path / "empty", study)
+    run(tmp_path / "new", study, resume=True)
+    assert contents(tmp_path / "empty") == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_masks_on_weights_already_trained(finished: Path, tmp_path: Path, kind: str) -> None:
+    weights = finished / "network.safetensors"
+    if kind == "pt":
+        weights = tmp_path / "weights.pt"
+        torch.save(load_weights(finished / "network.safetensors"), weights)
+    run(tmp_path / "run", network=weights)
+    mine, theirs = contents(tmp_path / "run"), contents(finished)
+    for name in theirs:
+        if name.endswith(".safetensors"):
+            assert mine[name] == theirs[name], name
+    with pytest.raises(MismatchError, match="network_file_sha256"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_weights_of_another_network_are_refused(finished: Path, tmp_path: Path) -> None:
+    study = make_study(network=lambda seed: nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 5)))
+    with pytest.raises(MismatchError, match=r"do not fit.*2\.weight is missing.*3\.weight is not in the network"):
+        run(tmp_path / "run", study, network=finished / "network.safetensors")
+    wide = make_study(network=lambda seed: nn.Sequential(nn.Linear(4, 13), nn.ReLU(), nn.ReLU(), nn.Linear(13, 4)))
+    with pytest.raises(MismatchError, match=r"0\.weight has shape \(12, 4\) instead of \(13, 4\)"):
+        run(tmp_path / "wide", wide, network=finished / "network.safetensors")
+    with pytest.raises(FileError, match="nothing"):
+        run(tmp_path / "none", network=tmp_path / "nothing.pt")
+    assert not (tmp_path / "none").exists()
+
+
+def test_arguments_replace_the_studys_settings(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", make_study(network_steps=2), steps=3, samples=2, alpha=0.5)
+    settings = result["settings"]
+    assert (settings["mask_steps"], settings["samples"], settings["alpha"]) == (3, 2, 0.5)
+
+
+def test_alpha_is_divided_by_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    fit = inspecting.fit
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        seen.append(settings["alpha"])
+        return fit(*arguments, **settings)
+
+    monkeypatch.setattr(inspecting, "fit", watched)
+    run(tmp_path / "run", make_study(network_steps=1, mask_steps=1, repeated=()), alpha=0.5)
+    assert seen == [0.5 / 16] * 3
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True])
+def test_an_impossible_seed_is_refused(tmp_path: Path, seed: Any) -> None:
+    with pytest.raises(SettingError, match="must be a whole number"):
+        run(tmp_path / "run", seed=seed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="not a str"):
+        inspect("add-mul")  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match=r"network\(seed\) returned a int"):
+        run(tmp_path / "run", make_study(network=lambda seed: 3))
+
+
+def test_a_network_that_diverges_is_named(tmp_path: Path) -> None:
+    broken = task("both", [0, 1, 2, 3])
+    study = make_study(
+        control=Task(
+            name="both",
+            batches=broken.batches,
+            loss=lambda net, x: broken.loss(net, x) * float("nan"),
+            metric=broken.metric,
+        )
+    )
+    with pytest.raises(NonFiniteError, match="loss of the network is nan at step 0") as caught:
+        run(tmp_path / "run", study)
+    assert caught.value.step == 0
+
+
+def test_three_tasks_are_compared_in_pairs_and_one_with_none(tmp_path: Path) -> None:
+    tasks = [task("a", [0]), task("b", [1]), task("c", [2])]
+    settings: dict[str, Any] = {"mask_steps": 2, "network_steps": 2, "repeated": ()}
+    three = run(tmp_path / "three", make_study(tasks=tasks, **settings))
+    assert [one["masks"] for one in three["overlaps"]] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert three["overlap"] == three["overlaps"][0]
+    one = run(tmp_path / "one", make_study(tasks=tasks[:1], confusion=None, **settings))
+    assert one["overlap"] is None
+    assert "confusion" not in one
+
+
+def test_the_default_folder_names_study_preset_and_seed() -> None:
+    assert default_folder(make_study(), 3) == Path("runs/copy-tiny-seed3")
+    assert default_folder(make_study(preset=None), 0) == Path("runs/copy-seed0")
+
+
+def test_the_report_is_written_and_again_when_resumed(finished: Path) -> None:
+    run(finished, resume=True, report=True)
+    assert (finished / "report.html").exists()
