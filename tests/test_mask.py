@@ -16,12 +16,11 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-
 from sublens.errors import FileError, MismatchError, NonFiniteError, SelectionError, SettingError
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.selection import select
 from sublens.storage import hash_tensors, pack_bits, save_tensors
+from torch import Tensor, nn
 
 NET = "0" * 64
 
@@ -269,7 +268,7 @@ def test_random_masks_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     kept[:5000] = True
     mask = Mask({"w": kept}, NET)
     whole = Mask.random_like(mask, 1)
-    monkeypatch.setattr("sublens.mask._CHUNK", 2**10)
+    monkeypatch.setattr("sublens.mask.random_bits._CHUNK", 2**10)
     assert Mask.random_like(mask, 1) == whole and whole.kept_count == 5000
     # the 5000 smallest of as many numbers
     quarters = [int(part.sum()) for part in whole["w"][: 4 * (size // 4)].chunk(4)]

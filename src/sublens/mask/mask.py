@@ -1,19 +1,19 @@
-"""The binary result: which weights of a network are kept; its algebra, its numbers, and how it is put on."""
+"""``Mask``: which weights of a network are kept."""
 
 import contextlib
 import copy
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from sublens.errors import FileError, MismatchError, NonFiniteError, SettingError
+from sublens.mask.applying import zeroed
+from sublens.mask.identity import binarise, fingerprint
+from sublens.mask.random_bits import random_bits
 from sublens.selection import Where, match_names, select, tied_names
 from sublens.storage import (
     check_packed,
@@ -25,40 +25,6 @@ from sublens.storage import (
     shape_entry,
     unpack_bits,
 )
-
-_CHUNK = 2**20
-_BINS = 2**12
-
-
-def binarise(logit: Tensor) -> Tensor:
-    """The one rule that turns logits into a mask: an element is kept iff its logit is above 0.
-
-    Args:
-        logit: float tensor of any shape and device.
-
-    Returns:
-        bool tensor of the same shape and device; ``False`` at 0 and at NaN.
-    """
-    return logit.detach() > 0
-
-
-def fingerprint(network: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a network's ``state_dict`` (see ``docs/file-format.md``).
-
-    It changes with one bit of one weight or buffer. It does not change with device, memory layout, ``requires_grad`` or
-    the training flag.
-
-    Returns:
-        64 lowercase hexadecimal digits.
-
-    Raises:
-        SettingError: a tensor has no bytes to read (lazy, sparse, quantized, on the meta device).
-    """
-    entries = network.state_dict()
-    for name, tensor in entries.items():
-        if isinstance(tensor, Tensor) and is_lazy(tensor):
-            raise SettingError(f"'{name}' has no shape yet; run one batch through the network first")
-    return hash_tensors({name: tensor for name, tensor in entries.items() if isinstance(tensor, Tensor)})
 
 
 class Mask:
@@ -137,7 +103,7 @@ class Mask:
         The same ``seed`` (any integer) and layer names give the same mask on every machine and version.
         """
         packed = {
-            name: _random_bits(math.prod(shape), count, f"{seed}/{name}")
+            name: random_bits(math.prod(shape), count, f"{seed}/{name}")
             for (name, shape), count in zip(mask._shapes.items(), mask.kept_counts().values(), strict=True)
         }
         return cls._of(packed, dict(mask._shapes), mask._network)
@@ -316,40 +282,8 @@ class Mask:
             MismatchError: the mask belongs to another network, or names or shapes differ. Nothing has changed then.
         """
         self._check_network(network)
-        held = [(module, [dict(registry) for registry in _registries(module)]) for module in network.modules()]
-        tensors = {id(t): t for _, registries in held for r in registries for t in r.values() if isinstance(t, Tensor)}
-        originals = {key: tensor.data for key, tensor in tensors.items()}
-        masked = self._masked_copies(network, originals)
-        try:
-            for key, tensor in tensors.items():
-                tensor.data = masked[key]
-            del masked
+        with zeroed(network, ((name, ~self[name]) for name in self)):
             yield network
-        finally:
-            for module, registries in held:
-                _reinstate(module, registries)
-            for key, tensor in tensors.items():
-                tensor.data = originals[key]
-
-    def _masked_copies(self, network: nn.Module, originals: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Masked copies by ``id``, which share memory among themselves exactly as the originals do."""
-        storages: dict[object, torch.UntypedStorage] = {}
-        copies = {}
-        for key, tensor in originals.items():
-            if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
-                copies[key] = tensor.clone()
-                continue
-            storage = tensor.untyped_storage()
-            place = (storage.device, storage.data_ptr(), storage.nbytes())
-            if place not in storages:
-                storages[place] = storage.clone()
-            view = tensor.new_empty(0)
-            copies[key] = view.set_(storages[place], tensor.storage_offset(), tensor.size(), tensor.stride())
-        parameters = dict(network.named_parameters(remove_duplicate=False))
-        for name in self:
-            copied = copies[id(parameters[name])]
-            copied.masked_fill_(~self[name].to(copied.device), 0)
-        return copies
 
     def apply(self, network: nn.Module) -> nn.Module:
         """A deep copy of the network in which removed elements are +0.0: a plain module that shares no memory with it.
@@ -445,22 +379,6 @@ class Mask:
             )
 
 
-def _reinstate(module: nn.Module, held: Iterable[dict[str, Any]]) -> None:
-    """Undo what replaced, added or deleted parameters, buffers or submodules of a module."""
-    for registry, content in zip(_registries(module), held, strict=True):
-        if [(name, id(value)) for name, value in registry.items()] == [(name, id(v)) for name, v in content.items()]:
-            continue
-        for name, value in content.items():
-            if isinstance(value, nn.Parameter) and registry.get(name) is not value:
-                setattr(module, name, value)  # an nn.LSTM keeps a list of its own, which only this updates
-        registry.clear()
-        registry.update(content)
-
-
-def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return module._parameters, module._buffers, module._modules
-
-
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 1.0
 
@@ -471,39 +389,3 @@ def _count(packed: Tensor) -> int:
 
 def _ones(shape: tuple[int, ...]) -> Tensor:
     return torch.ones(shape, dtype=torch.bool)
-
-
-def _random_bits(size: int, count: int, key: str) -> Tensor:
-    """``count`` of ``size`` bits, chosen uniformly, packed as by :func:`pack_bits`.
-
-    Each element gets a random 64-bit number, and the ``count`` smallest are chosen. The numbers of a large layer take
-    too much memory, so they are drawn again for each pass, a chunk at a time: to find the bin in which the last chosen
-    number lies, to sort that bin, and to choose. NumPy promises the same raw numbers in every version,
-    unlike the same permutations.
-    """
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
-
-    def chunks() -> Iterator[np.ndarray]:
-        source = np.random.Philox(key=seed)
-        for start in range(0, size, _CHUNK):
-            yield source.random_raw(min(_CHUNK, size - start))
-
-    shift = np.uint64(64 - (_BINS - 1).bit_length())
-    counts = np.zeros(_BINS, np.int64)
-    for chunk in chunks():
-        counts += np.bincount((chunk >> shift).astype(np.int64), minlength=_BINS)
-    below = np.cumsum(counts)
-    last = int(np.searchsorted(below, count)) if count else 0
-    sure = int(below[last - 1]) if last else 0
-    in_last = np.concatenate([np.empty(0, np.uint64), *(c[(c >> shift) == last] for c in chunks())])
-    # Stable, so that equal numbers (one in 2^64) are chosen in their order.
-    chosen_in_last = np.zeros(len(in_last), bool)
-    chosen_in_last[np.argsort(in_last, kind="stable")[: count - sure]] = True
-    packed, used = [np.empty(0, np.uint8)], 0
-    for chunk in chunks():
-        bins = chunk >> shift
-        bits, border = bins < last, bins == last
-        bits[border] = chosen_in_last[used : used + int(border.sum())]
-        used += int(border.sum())
-        packed.append(np.packbits(bits, bitorder="little"))
-    return torch.from_numpy(np.concatenate(packed))
