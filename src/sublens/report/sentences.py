@@ -123,7 +123,8 @@ def overlap(pair: Overlap, repeats: Mapping[str, Overlap]) -> str:
             where.append(f"{words} in {_some(layers, len(sides))}")
     text = (
         f"Over all layers, {pair.first} and {pair.second} have an IoU of {seen:.3f}, "
-        f"{_side(pair.total)} the 95{_SPACE}% band of random masks of the same layer sizes ({chance.low:.3f} to {chance.high:.3f})"
+        f"{_side(pair.total)} the 95{_SPACE}% band of random masks of the same layer sizes "
+        f"({chance.low:.3f} to {chance.high:.3f})"
     )
     if where:
         text += f"; layer by layer it lies {listed(where)}"
