@@ -16,11 +16,12 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from sublens.errors import FileError, MismatchError, NonFiniteError, SelectionError, SettingError
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.selection import select
 from sublens.storage import hash_tensors, pack_bits, save_tensors
-from torch import Tensor, nn
 
 NET = "0" * 64
 

@@ -19,6 +19,8 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from sublens.errors import FileError, MismatchError, SettingError
 from sublens.storage import (
     atomic_write_bytes,
@@ -34,7 +36,6 @@ from sublens.storage import (
     unpack_bits,
     writing,
 )
-from torch import Tensor, nn
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*FLOATS, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
