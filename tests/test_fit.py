@@ -1,6 +1,7 @@
 """``fit`` does what a hand-written loop does, and fails before or loudly where it cannot."""
 
 import copy
+import io
 import json
 import re
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,6 +19,7 @@ import sublens as sl
 from sublens.fit import Settled
 from sublens.fit.progress import Display
 from sublens.fit.training import uninterrupted
+from sublens.storage import load_tensors
 
 
 @pytest.fixture
@@ -492,11 +495,20 @@ def test_silence(network: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_slow_run_shows_a_line_every_ten_seconds(progress: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120)
+    with Display(progress, 10, done=4, console=console) as display:
+        for step in (5, 6, 7, 8):
+            now[0] += 6
+            display.step(step)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == (["mask: step 6/10, 24 s left", "mask: step 8/10, 12 s left"] if progress else [])
+
+
 def test_a_bar_on_a_terminal() -> None:
-    import io
-
-    from rich.console import Console
-
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Display("add", 10, console=console) as display:
         display.step(4)
@@ -543,8 +555,9 @@ def test_ctrl_c_leaves_a_run_to_resume(network: nn.Module, tmp_path: Path, where
         return value
 
     def struck_evaluate(net: nn.Module) -> dict[str, float]:
+        drawn = torch.rand(()).item()  # the same also where a resumed run begins with this evaluation
         strike("evaluate")
-        return accuracy(net)
+        return {**accuracy(net), "drawn": drawn}
 
     settings = {
         "loss": struck_loss,
@@ -557,6 +570,8 @@ def test_ctrl_c_leaves_a_run_to_resume(network: nn.Module, tmp_path: Path, where
     with pytest.raises(KeyboardInterrupt):
         run_of(network, folder=tmp_path / "struck", **settings)
     armed["now"] = False
+    state = load_tensors(tmp_path / "struck/checkpoint.safetensors")[1]["state"]
+    assert state["step"] == {"loss": 7, "optimizer": 4, "evaluate": 8, "callback": 8}[where]
     resumed = run_of(network, folder=tmp_path / "struck", resume=True, **settings)
     whole = run_of(network, folder=tmp_path / "whole", **settings)
     assert_same_logits(resumed, whole)
