@@ -1,4 +1,4 @@
-"""``GumbelSigmoid``: its samples are open as often as they should be, and its gradient is that of the relaxed sample."""
+"""``GumbelSigmoid``: its samples are open with their keep probability, its gradient is the relaxed sample's."""
 
 import dataclasses
 import math

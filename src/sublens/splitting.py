@@ -4,10 +4,12 @@ Nothing here knows of masks. The batch is followed by sizes: an input tensor is 
 where an output follows the batch is found once, by running the network a second time on a batch of another size.
 """
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -17,35 +19,15 @@ from sublens.errors import BatchError
 Rebuild = Callable[[Sequence[Any]], Any]
 
 
+Build = Callable[[list[Any]], Any]
+
+
 def flatten(tree: Any) -> tuple[list[Any], Rebuild]:
     """The leaves of nested tuples, lists, mappings and dataclasses, and a function that puts others in their places."""
-    if isinstance(tree, PackedSequence):
-        raise BatchError(
-            "A PackedSequence cannot be split into chunks of the batch. Pack inside the network's forward, from a "
-            "padded tensor and its lengths, or use samples=1."
-        )
-    if isinstance(tree, Mapping):
-        keys, kind = list(tree), type(tree)
-        # Dataclass mappings (model outputs) take their entries by keyword; plain ones take a dict.
-        return _branch([tree[k] for k in keys], lambda v: _mapping(kind, dict(zip(keys, v, strict=True))))
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return _branch(list(tree), lambda v: type(tree)(*v))
-    if isinstance(tree, (tuple, list)):
-        return _branch(list(tree), lambda v: type(tree)(v))
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = [f.name for f in dataclasses.fields(tree) if f.init]
-        return _branch(
-            [getattr(tree, n) for n in names],
-            lambda v: dataclasses.replace(tree, **dict(zip(names, v, strict=True))),
-        )
-    return [tree], lambda v: v[0]
-
-
-def _mapping(kind: type, entries: dict[Any, Any]) -> Any:
-    return kind(**entries) if dataclasses.is_dataclass(kind) else kind(entries)
-
-
-def _branch(children: list[Any], build: Callable[[list[Any]], Any]) -> tuple[list[Any], Rebuild]:
+    opened = _open(tree)
+    if opened is None:
+        return [tree], lambda v: v[0]
+    children, build = opened
     parts = [flatten(child) for child in children]
     leaves = [leaf for part, _ in parts for leaf in part]
 
@@ -57,6 +39,46 @@ def _branch(children: list[Any], build: Callable[[list[Any]], Any]) -> tuple[lis
         return build(built)
 
     return leaves, rebuild
+
+
+def _open(tree: Any) -> tuple[list[Any], Build] | None:
+    """What a branch holds, and how to make another one of the same kind; ``None`` for a leaf."""
+    if isinstance(tree, Mapping):
+        keys = list(tree)
+        return [tree[k] for k in keys], lambda v: _mapping(tree, dict(zip(keys, v, strict=True)))
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return list(tree), lambda v: type(tree)(*v)
+    if isinstance(tree, (tuple, list)):
+        return list(tree), lambda v: type(tree)(v)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [f.name for f in dataclasses.fields(tree) if f.init]
+        return [getattr(tree, n) for n in names], lambda v: dataclasses.replace(
+            tree, **dict(zip(names, v, strict=True))
+        )
+    return None
+
+
+def _mapping(like: Any, entries: dict[Any, Any]) -> Any:
+    kind: Any = type(like)
+    if dataclasses.is_dataclass(kind):  # model outputs take their entries by keyword
+        return kind(**entries)
+    if not isinstance(like, MutableMapping):
+        return kind(entries)
+    made = copy.copy(like)  # with what else it carries: the factory of a defaultdict, say
+    for key, value in entries.items():
+        made[key] = value
+    return made
+
+
+def _refuse_packed(tree: Any) -> None:
+    if isinstance(tree, PackedSequence):
+        raise BatchError(
+            "A PackedSequence cannot be split into chunks of the batch. Pack and unpack inside the network's forward, "
+            "from and to a padded tensor and its lengths, or use samples=1."
+        )
+    opened = _open(tree)
+    for child in opened[0] if opened is not None else ():
+        _refuse_packed(child)
 
 
 class Batch:
@@ -72,10 +94,12 @@ class Batch:
         batch_dim: dimension of the batch in the leading tensor; negative ones count from the end.
 
     Raises:
-        BatchError: there is no tensor, the leading one has no such dimension, or a tensor's place cannot be told.
+        BatchError: there is no tensor, the leading one has no such dimension, a tensor's place cannot be told, or there
+            is a packed sequence.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int) -> None:
+        _refuse_packed((args, kwargs))
         self.leaves, self._rebuild = flatten((args, kwargs))
         lead = next((leaf for leaf in self.leaves if isinstance(leaf, Tensor)), None)
         if lead is None:
@@ -161,11 +185,19 @@ def output_axes(first: Any, first_size: int, second: Any, second_size: int, *, b
         BatchError: a leaf's shape changes in a way that cannot be joined.
     """
     axes: Axes = []
-    for one, two in zip(flatten(first)[0], flatten(second)[0], strict=True):
+    _refuse_packed(first)
+    ones, twos = flatten(first)[0], flatten(second)[0]
+    kinds = [[isinstance(leaf, Tensor) for leaf in leaves] for leaves in (ones, twos)]
+    if kinds[0] != kinds[1]:
+        raise BatchError(
+            f"The network gave {len(ones)} outputs for {first_size} examples and {len(twos)}, or others, for "
+            f"{second_size}; the chunks of a batch cannot be joined. Use samples=1."
+        )
+    for one, two in zip(ones, twos, strict=True):
         if not isinstance(one, Tensor):
             axes.append(None)
             continue
-        changed = [d for d in range(one.dim()) if one.shape[d] != two.shape[d]]
+        changed = [d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=False)) if a != b]
         if len(changed) > 1 or one.dim() != two.dim():
             raise BatchError(
                 f"An output has shape {tuple(one.shape)} for {first_size} examples and {tuple(two.shape)} for "
@@ -217,4 +249,6 @@ def join(outputs: Sequence[Any], sizes: Sequence[int], axes: Axes) -> Any:
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and np.array_equal(a, b)
     return a is b or bool(a == b)
