@@ -390,6 +390,13 @@ def test_no_false_alarm_on_loops_of_other_forms(form: str) -> None:
     assert codes(FORMS[form](loop), loop.logits, torch.optim.Adam(loop.logits)) == []
 
 
+def test_a_penalty_with_a_learned_multiplier_is_still_a_penalty() -> None:
+    loop = ByHand()
+    with torch.no_grad():
+        task = loop.ce(loop.net(*loop.gates()))
+    assert codes(task + loop.multiplier * (loop.kept() / 2 - 0.3), loop.logits) == ["task-unreached"]
+
+
 @pytest.mark.parametrize("form", ["chunks", "batched", "fused"])
 def test_one_noise_value_in_loops_of_other_forms(form: str) -> None:
     loop = ByHand()
