@@ -59,8 +59,8 @@ def _open(tree: Any) -> tuple[list[Any], Build] | None:
 
 
 def _mapping(like: Any, entries: dict[Any, Any]) -> Any:
-    kind: Any = type(like)
-    if dataclasses.is_dataclass(kind):  # model outputs take their entries by keyword
+    kind: Callable[..., Any] = type(like)
+    if dataclasses.is_dataclass(like):  # model outputs take their entries by keyword
         return kind(**entries)
     if not isinstance(like, MutableMapping):
         return kind(entries)
