@@ -23,7 +23,7 @@ from sublens.errors import (
 
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
-    from sublens.fit import Run, fit
+    from sublens.fit import Run, Settled, fit
     from sublens.gates import Gate, GumbelSigmoid
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
@@ -48,6 +48,7 @@ __all__ = [
     "Run",
     "SelectionError",
     "SettingError",
+    "Settled",
     "Study",
     "StudyError",
     "SublensError",
@@ -67,6 +68,7 @@ _ROOM_OF = {
     "Mask": "mask",
     "MaskedNetwork": "masked_network",
     "Run": "fit",
+    "Settled": "fit",
     "Study": "study",
     "Task": "study",
     "diagnose": "diagnosis",

@@ -1,0 +1,173 @@
+"""The command line: its surface, what it says about bad input, and that an interrupted run can be resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from sublens import cli
+
+STUDY = """
+import torch
+from torch import nn
+import sublens as sl
+
+def task(name, columns):
+    def batches(step, seed):
+        x = torch.rand(16, 3, generator=torch.Generator().manual_seed(seed + step))
+        return x, x[:, :2]
+    def loss(net, batch):
+        return (net(batch[0]) - batch[1])[:, columns].square().mean()
+    def metric(net):
+        return 1 / (1 + float(loss(net, batches(0, 1))))
+    return sl.Task(name=name, batches=batches, loss=loss, metric=metric)
+
+def study():
+    return sl.Study(name="tiny", network=lambda seed: nn.Linear(3, 2), tasks=[task("left", [0]), task("right", [1])],
+                    control=task("all", [0, 1]), batch_size=16, network_steps=10, mask_steps=10, random_masks=1)
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("study.py").write_text(STUDY, encoding="utf-8")
+    return "study.py"
+
+
+def in_a_process(*arguments, **keywords):
+    return subprocess.Popen(
+        [sys.executable, "-m", "sublens", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **keywords,
+    )
+
+
+def test_commands_and_options_are_these():
+    surface = {
+        name: sorted(option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts))
+        for name, command in typer.main.get_command(cli.app).commands.items()
+    }
+    assert surface == {
+        "inspect": [
+            "--alpha", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--steps", "--widths", "study",
+        ],
+        "studies": [],
+        "show": ["run"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["inspect", "--help"], ["studies"], ["--version"], ["inspect", "nope"]]
+)
+def test_torch_is_not_loaded_before_a_study_is(arguments):
+    program = f"import sys; from sublens import cli; cli.run({arguments!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_version(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == "sublens 0.1.0\n"
+
+
+def test_studies_lists_every_built_in_study(capsys):
+    assert cli.run(["studies"]) == 0
+    printed = capsys.readouterr().out
+    assert "add-mul " in printed
+    assert "add-mul-lstm" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "add-mull"], "Did you mean add-mul"),
+        (["inspect", "nowhere/study.py"], "nowhere/study.py"),
+        (["inspect", "add-mul", "--widths", "400,wide"], "400,wide"),
+        (["inspect", "add-mul", "--widths", "0"], "widths"),
+        (["inspect", "add-mul", "--preset", "slow"], "slow"),
+        (["inspect", "study.py", "--widths", "3"], "widths"),
+        (["inspect", "study.py", "--steps", "0"], "steps"),
+        (["inspect", "study.py", "--steps", "many"], "--steps"),
+        (["inspect", "study.py", "--samples", "-1"], "samples"),
+        (["inspect", "study.py", "--alpha", "nan"], "alpha"),
+        (["inspect", "study.py", "--seed", "-1"], "seed"),
+        (["inspect", "study.py", "--network", "missing.safetensors"], "missing.safetensors"),
+        (["inspect", "study.py", "--network", "study.py"], "study.py"),
+        (["inspect", "study.py", "--network", "."], "."),
+        (["inspect", "study.py", "--out", "study.py"], "study.py"),
+        (["inspect", "study.py", "--out", "."], "not empty"),
+        (["inspect", "study.py", "--out", ".", "--resume"], "config.json"),
+        (["inspect", "."], "."),
+        (["inspect", "study.py", "--bogus"], "--bogus"),
+        (["inspekt"], "inspekt"),
+        (["show", "missing"], "missing"),
+        (["show", "study.py"], "study.py"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(study, capsys, arguments, said):
+    assert cli.run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_a_run_is_made_shown_and_its_weights_used_again(study, capsys):
+    assert cli.run(["inspect", study, "--out", "one", "--seed", "3"]) == 0
+    made = capsys.readouterr().out
+    assert "left mask" in made
+    assert Path("one/report.html").is_file()
+    assert cli.run(["show", "one"]) == 0
+    assert capsys.readouterr().out == made
+    assert cli.run(["inspect", study, "--out", "two", "--network", "one/network.safetensors"]) == 0
+    assert Path("two/network.safetensors").read_bytes() == Path("one/network.safetensors").read_bytes()
+
+
+def test_ctrl_c_leaves_a_run_that_the_printed_command_finishes(study):
+    Path("slow.py").write_text(STUDY.replace("mask_steps=10", "mask_steps=400_000"), encoding="utf-8")
+    process = in_a_process("inspect", "slow.py", "--out", "a run", "--seed", "5", "--alpha", "0.001")
+    deadline = time.monotonic() + 120
+    while not list(Path("a run").glob("unfinished/all/*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "sublens inspect slow.py --out 'a run' --seed 5 --alpha 0.001 --resume" in err
+    # The command is accepted as it was printed: with one more option it is another run, and refused by name.
+    printed = ["inspect", "slow.py", "--out", "a run", "--seed", "5", "--alpha", "0.001", "--resume"]
+    assert cli.run([*printed, "--samples", "2"]) == 2
+    again = in_a_process(*printed)
+    with pytest.raises(subprocess.TimeoutExpired):  # it goes on training
+        again.communicate(timeout=15)
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=60)
+    assert again.returncode == 130
+
+
+def test_names_in_a_run_are_no_markup(study, capsys):
+    assert cli.run(["inspect", study, "--out", "one"]) == 0
+    result = json.loads(Path("one/result.json").read_text(encoding="utf-8"))
+    result["study"] = "[red]x[/red]\x1b[2J"
+    Path("one/result.json").write_text(json.dumps(result), encoding="utf-8")
+    capsys.readouterr()
+    assert cli.run(["show", "one"]) == 0
+    out = capsys.readouterr().out
+    assert "[red]x[/red]" in out
+    assert "\x1b[2J" not in out
+
+
+def test_module_is_the_command():
+    process = in_a_process("--version", env={**os.environ})
+    assert process.communicate(timeout=60)[0] == "sublens 0.1.0\n"
+    assert process.returncode == 0
