@@ -1,0 +1,361 @@
+"""The report, made from a run folder written by hand: no network is trained here, and none is needed."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sublens import FileError
+from sublens.report import figures, read, sentences, write_report
+
+SIZES = {"layers.0.weight": 16_800, "layers.1.weight": 160_000, "layers.2.weight": 80_000, "layers.3.weight": 4_000}
+KEPT = {
+    "all": dict(zip(SIZES, (0.701, 0.362, 0.489, 0.914), strict=True)),
+    "add": dict(zip(SIZES, (0.552, 0.231, 0.329, 0.862), strict=True)),
+    "mul": dict(zip(SIZES, (0.688, 0.371, 0.462, 0.907), strict=True)),
+}
+SHARED = dict(zip(SIZES, (0.74, 0.36, 0.41, 0.94), strict=True))  # of the add mask's weights: kept by the mul mask too
+ACCURACY = {"all": (0.995, 0.986), "add": (0.998, 0.014), "mul": (0.011, 0.998)}
+INVERSE = {"all": (0.009, 0.011), "add": (0.021, 0.118), "mul": (0.034, 0.012)}
+HALF = {"all": (0.996, 0.989), "add": (0.999, 0.204), "mul": (0.087, 0.997)}
+LATE = {"all": (0.997, 0.991), "add": (0.999, 0.311), "mul": (0.342, 0.998)}
+
+
+def tasks(pair: tuple[float, float]) -> dict[str, float]:
+    return dict(zip(("add", "mul"), pair, strict=True))
+
+
+def band(mean: float, spread: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - spread, "high": mean + spread}
+
+
+def overlap_values(size: int, first: float, second: float, both: float) -> dict[str, Any]:
+    """Overlap of masks that keep the fractions ``first`` and ``second``; ``both`` is the fraction that both keep."""
+    chance, spread = first * second, 2 * math.sqrt(first * (1 - first) * second * (1 - second) / size)
+    union = first + second - chance
+    return {
+        "iou": both / (first + second - both),
+        "iomin": both / min(first, second),
+        "shared": both / first,
+        "size": size,
+        "chance": {
+            "iou": band(chance / union, spread / union),
+            "iomin": band(chance / min(first, second), spread / min(first, second)),
+            "shared": band(chance / first, spread / first),
+        },
+    }
+
+
+def answers(add: float, mul: float) -> dict[str, float]:
+    return {"add": add, "mul": mul, "neither": 1 - add - mul}
+
+
+def result() -> dict[str, Any]:
+    total = sum(SIZES.values())
+    whole = {name: sum(kept[layer] * SIZES[layer] for layer in SIZES) / total for name, kept in KEPT.items()}
+    both = sum(SHARED[layer] * KEPT["add"][layer] * SIZES[layer] for layer in SIZES) / total
+    return {
+        "study": "add-mul",
+        "seed": 0,
+        "settings": {"preset": "quick", "widths": [400, 400, 200], "alpha": 1e-4, "mask_steps": 5000, "samples": 4},
+        "versions": {"sublens": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},
+        "seconds": {"network": 91.2, "masks": 214.9, "analysis": 11.3, "total": 317.4},
+        "network": {"accuracy": tasks((1.0, 0.9998))},
+        "masks": {
+            name: {
+                "accuracy": tasks(ACCURACY[name]),
+                "inverse_accuracy": tasks(INVERSE[name]),
+                "half_accuracy": tasks(HALF[name]),
+                "late_half_accuracy": tasks(LATE[name]),
+                "random_accuracy": {task: {"mean": 0.0102, "low": 0.0089, "high": 0.0117} for task in ("add", "mul")},
+                "kept": whole[name],
+                "kept_per_layer": KEPT[name],
+            }
+            for name in ("all", "add", "mul")
+        },
+        "overlap": {
+            "masks": ["add", "mul"],
+            **overlap_values(total, whole["add"], whole["mul"], both),
+            "per_layer": {
+                layer: overlap_values(size, KEPT["add"][layer], KEPT["mul"][layer], SHARED[layer] * KEPT["add"][layer])
+                for layer, size in SIZES.items()
+            },
+        },
+        "repeats": {
+            "add": {
+                "overlap": {
+                    "masks": ["add", "add-repeat"],
+                    **overlap_values(total, whole["add"], whole["add"], 0.68 * whole["add"]),
+                    "per_layer": {
+                        layer: overlap_values(size, KEPT["add"][layer], KEPT["add"][layer], 0.7 * KEPT["add"][layer])
+                        for layer, size in SIZES.items()
+                        if layer != "layers.3.weight"
+                    },
+                },
+            },
+        },
+        "confusion": {
+            "network": {"add": answers(1.0, 0.0), "mul": answers(0.0, 1.0)},
+            "add": {"add": answers(0.998, 0.0), "mul": answers(0.917, 0.014)},
+            "mul": {"add": answers(0.011, 0.934), "mul": answers(0.0, 0.998)},
+        },
+    }
+
+
+def history() -> list[dict[str, Any]]:
+    lines = []
+    for name, end in (("all", 0.446), ("add", 0.289), ("mul", 0.434)):
+        for step in range(0, 5000, 100):
+            fall = math.exp(-step / 1600)
+            wave = 1 + 0.25 * math.sin(step / 7.0 + len(name))
+            lines.append(
+                {
+                    "part": name,
+                    "step": step,
+                    "loss": (0.02 + 1.4 * math.exp(-step / 260)) * wave,
+                    "penalty": 0.1 * fall,
+                    "kept": end + (0.997 - end) * fall,
+                    "gradient_norm": (0.02 + 0.2 * math.exp(-step / 300)) * wave,
+                }
+            )
+    return lines
+
+
+def folder_of(path: Path, content: dict[str, Any], lines: list[dict[str, Any]] | None = None) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "result.json").write_text(json.dumps(content), encoding="utf-8")
+    if lines is not None:
+        (path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return folder_of(tmp_path / "run", result(), history())
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_the_page_needs_nothing_else(run):
+    seen = page(run)
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(seen.tags)
+    for name, value in seen.attributes:
+        if name in ("href", "src", "xlink:href"):
+            assert value is not None and value.startswith("#"), value
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"@import|url\((?!#)", text)
+    ids = [value for name, value in seen.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for reference in re.findall(r"url\(#([^)]+)\)", text) + [v[1:] for n, v in seen.attributes if n == "href" and v]:
+        assert reference in ids
+
+
+def test_figures_are_files_too_and_well_formed(run):
+    page(run)
+    assert {path.name for path in (run / "figures").iterdir()} == {
+        "curves.svg",
+        "kept-per-layer.svg",
+        "overlap-per-layer.svg",
+    }
+    for path in (run / "figures").iterdir():
+        assert ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_same_run_gives_the_same_bytes(run, tmp_path):
+    other = folder_of(tmp_path / "other", result(), history())
+    assert write_report(run).read_bytes() == write_report(other).read_bytes()
+    for path in (run / "figures").iterdir():
+        assert path.read_bytes() == (other / "figures" / path.name).read_bytes()
+
+
+EVIL = "<script>alert(1)</script>\"'&$x^2$"
+
+
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(key, key): renamed(entry, names) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [renamed(entry, names) for entry in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize(
+    "name", ["add-mul", "add", "layers.0.weight", "neither", "quick", "preset", "2.13.0", "network"]
+)
+def test_text_from_files_is_escaped(tmp_path, name):
+    names = {name: f"{EVIL}{name}"}
+    content = renamed(result(), names) | {"network": renamed(result()["network"], names)}
+    folder = folder_of(tmp_path / "run", content, renamed(history(), names))
+    seen = page(folder)
+    assert "script" not in seen.tags
+    assert f"{EVIL}{name}" in seen.text
+    for path in (folder / "figures").iterdir():
+        tags = {element.tag.rpartition("}")[2] for element in ET.parse(path).iter()}
+        assert "script" not in tags
+        text = "".join(ET.parse(path).getroot().itertext())
+        assert (
+            name in ("add-mul", "neither", "quick", "preset", "2.13.0", "network")
+            or "alert(1)" in text
+            or (name == "layers.0.weight" and path.stem == "curves")
+        )
+
+
+def test_characters_that_cannot_be_shown_are_replaced(tmp_path):
+    names = {"layers.0.weight": "a\x00b\ud800c\u202ed", "add": "_足し算"}
+    seen = page(folder_of(tmp_path / "run", renamed(result(), names), renamed(history(), names)))
+    assert "a\ufffdb\ufffdc\ufffdd" in seen.text
+    assert "_足し算 mask" in seen.text
+
+
+def test_every_sentence_follows_its_numbers(tmp_path):
+    """Each sentence changes when its own numbers do, and only then."""
+
+    def sentences_of(change: Any) -> dict[str, str]:
+        content, lines = result(), history()
+        change(content, lines)
+        run = read(folder_of(tmp_path / "run", content, lines))
+        return {
+            "accuracy": sentences.accuracy(run),
+            "inverse": sentences.inverse(run),
+            "confusion": sentences.confusion(run.confusion["add"], "add"),
+            "kept": sentences.kept(run),
+            "overlap": sentences.overlap(run.overlaps[0], run.repeats),
+            "curves": sentences.curves(run.history),
+        }
+
+    before = sentences_of(lambda content, lines: None)
+    changes = {
+        "accuracy": lambda content, lines: content["masks"]["add"]["accuracy"].update(mul=0.7),
+        "inverse": lambda content, lines: content["masks"]["add"]["inverse_accuracy"].update(mul=0.7),
+        "confusion": lambda content, lines: content["confusion"]["add"]["mul"].update(mul=0.95),
+        "kept": lambda content, lines: content["masks"]["add"]["kept_per_layer"].update({"layers.0.weight": 0.99}),
+        "overlap": lambda content, lines: content["overlap"].update(iou=0.1),
+        "curves": lambda content, lines: lines[-1].update(kept=0.5),
+    }
+    for name, change in changes.items():
+        after = sentences_of(change)
+        assert {key for key in before if before[key] != after[key]} == {name}
+
+
+def test_sentences_say_what_the_numbers_are(run):
+    content = read(run)
+    assert "the add mask has 99.8\xa0% on its own task (0.2 points below the network), and 1.4\xa0% on mul" in (
+        sentences.accuracy(content)
+    )
+    assert "told mul, it answers add in 91.7\xa0% of cases" in sentences.confusion(content.confusion["add"], "add")
+    assert "above the band in layers.0.weight and layers.3.weight and below it in layers.1.weight" in (
+        sentences.overlap(content.overlaps[0], {})
+    )
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"), [(1.0, "100.0"), (0.99999, ">99.9"), (0.0, "0.0"), (0.00001, "<0.1"), (0.1234, "12.3")]
+)
+def test_percent_rounds_nothing_to_all_or_none(fraction, text):
+    assert sentences.percent(fraction) == f"{text}\xa0%"
+
+
+def test_what_was_not_measured_is_left_out(tmp_path):
+    content = result()
+    bare = {"study": "bare", "network": {"accuracy": {}}, "masks": {}}
+    assert "bare" in page(folder_of(tmp_path / "bare", bare)).text
+    del content["confusion"], content["repeats"], content["overlap"]["chance"]
+    for values in content["overlap"]["per_layer"].values():
+        del values["chance"]
+    seen = page(folder_of(tmp_path / "run", content | {"overlap": None}))
+    assert "Overlap of" not in seen.text
+    assert "Training of the masks" not in seen.text
+
+
+def test_many_pairs_have_a_section_each(tmp_path):
+    content = result()
+    content["overlaps"] = [content["overlap"], {**content["overlap"], "masks": ["add", "all"]}]
+    seen = page(folder_of(tmp_path / "run", content, history()))
+    assert "Overlap of add and mul" in seen.text
+    assert "Overlap of add and all" in seen.text
+
+
+def damaged(change: Any) -> dict[str, Any]:
+    content = result()
+    change(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not valid JSON"),
+        ("[1", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "a list instead of an object"),
+        ("{}", "lacks study, network, masks"),
+        (json.dumps(damaged(lambda c: c["masks"].update(add=3))), "a mask is a number"),
+        (json.dumps(damaged(lambda c: c["masks"]["add"].update(kept="<b>"))), "kept is text"),
+        (json.dumps(damaged(lambda c: c["masks"]["add"]["accuracy"].update(add=None))), "accuracy.add is missing"),
+        (json.dumps(damaged(lambda c: c["overlap"].pop("masks"))), "does not name its two masks"),
+        (json.dumps(damaged(lambda c: c["overlap"]["chance"].update(iou=[]))), "iou is a list"),
+        (json.dumps(damaged(lambda c: c.update(confusion={"add": {"add": 1}}))), "confusion.add.add is a number"),
+    ],
+)
+def test_a_damaged_result_is_a_file_error_in_one_line(tmp_path, text, said):
+    (tmp_path / "result.json").write_text(text, encoding="utf-8")
+    with pytest.raises(FileError, match=re.escape(said)) as caught:
+        write_report(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1}', '{"part": "add", "step": "one"}'])
+def test_a_damaged_history_is_a_file_error_that_names_the_line(run, line):
+    with (run / "history.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with pytest.raises(FileError, match="line 151"):
+        write_report(run)
+
+
+def test_a_folder_without_a_result_is_a_file_error(tmp_path):
+    with pytest.raises(FileError, match="not the folder of a finished run"):
+        write_report(tmp_path)
+
+
+def test_long_histories_are_drawn_by_means(monkeypatch):
+    steps, values = figures._series([{"step": float(step), "loss": float(step % 2)} for step in range(4000)], "loss")
+    assert len(steps) == len(values) == 400
+    assert steps[-1] == 3999
+    assert set(values) == {0.5}
+
+
+def test_the_report_does_not_load_torch(run):
+    program = f"import sys; from sublens.report import write_report; write_report({str(run)!r}); print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout.strip() == "False", ended.stderr
+
+
+if __name__ == "__main__":  # python tests/test_report.py FOLDER: the page of the run above, to be looked at
+    print(write_report(folder_of(Path(sys.argv[1]), result(), history())))
