@@ -16,9 +16,9 @@ from sublens import linear_route
 from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid
 from sublens.kernels import LOGIT_BOUND
-from sublens.mask import Mask, fingerprint
+from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
-from sublens.selection import Where, select
+from sublens.selection import Where, select, tied_names
 from sublens.splitting import Axes, Batch, flatten, join, output_axes
 
 Penalty = Literal["logits", "expected"]
@@ -86,6 +86,7 @@ class MaskedNetwork(nn.Module):
         self.batch_dim = batch_dim
         self.step = 0
         self._ids = {name: parameter_id(name) for name in selected}
+        self._aliases = tied_names(network)
         self._fingerprint = fingerprint(network)
         self._versions = self._weight_versions()
         self._axes: dict[Any, Axes] = {}
@@ -167,7 +168,7 @@ class MaskedNetwork(nn.Module):
             CutGraphError: at the first training call, the network's output does not depend on any logit.
         """
         if not self.training:
-            kept = {name: logits > 0 for name, logits in self.logits.items()}
+            kept = {name: binarise(logits) for name, logits in self.logits.items()}
             return self._call(lambda name, w: torch.where(kept[name], w, w.new_zeros(())), args, kwargs)
         with torch.no_grad():
             for logits in self.logits.values():
@@ -231,17 +232,11 @@ class MaskedNetwork(nn.Module):
 
     def _call(self, put: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the network with ``put(name, weight)`` in place of each masked weight."""
-        masked = {}
         tensors: dict[str, Tensor] = {}
-        first_names: dict[int, str] = {}
-        logits = self.logits
-        for name, parameter in self.network.named_parameters(remove_duplicate=False):
+        for name, aliases in self._aliases.items():
+            weight = self.network.get_parameter(name).detach()
             # All names of a tied tensor get the same object, so that it is sampled once.
-            first = first_names.setdefault(id(parameter), name)
-            if first not in masked:
-                weight = parameter.detach()
-                masked[first] = put(first, weight) if first in logits else weight
-            tensors[name] = masked[first]
+            tensors |= dict.fromkeys(aliases, put(name, weight) if name in self._ids else weight)
         copies: dict[int, Tensor] = {}
         for name, buffer in self.network.named_buffers(remove_duplicate=False):
             tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
