@@ -58,7 +58,8 @@ def test_commands_and_options_are_these():
     }
     assert surface == {
         "inspect": [
-            "--alpha", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--steps", "--widths", "study",
+            "--alpha", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--steps", "--widths",
+            "study",
         ],
         "studies": [],
         "show": ["run"],

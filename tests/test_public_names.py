@@ -9,8 +9,8 @@ import pytest
 import sublens
 
 NAMES = {
-    "BatchError", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate", "GumbelSigmoid", "Mask", "MaskedNetwork",
-    "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study", "StudyError",
+    "BatchError", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate", "GumbelSigmoid", "Mask",
+    "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study", "StudyError",
     "SublensError", "Task", "diagnose", "fingerprint", "fit", "inspect", "select",
 }  # fmt: skip
 

@@ -225,6 +225,7 @@ def _overlap_points(
         markeredgewidth=1.2,
         color=colour,
         label=label,
+        clip_on=False,  # 0 and 1 lie on the edge
     )
 
 
