@@ -10,8 +10,8 @@ import sublens
 
 NAMES = {
     "BatchError", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate", "GumbelSigmoid", "Mask",
-    "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study", "StudyError",
-    "SublensError", "Task", "diagnose", "fingerprint", "fit", "inspect", "select",
+    "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
+    "StudyError", "SublensError", "Task", "diagnose", "fingerprint", "fit", "inspect", "select",
 }  # fmt: skip
 
 
