@@ -88,14 +88,13 @@ class MaskedNetwork(nn.Module):
         self._ids = {name: parameter_id(name) for name in selected}
         self._aliases = tied_names(network)
         self._fingerprint = fingerprint(network)
-        self._versions = self._weight_versions()
         self._axes: dict[Any, Axes] = {}
         self._seen_a_gradient = False
         self._route: Literal["unknown", "linear", "general"] = "unknown"
-        self.logits_tree = _Names()
+        self.logits_tree = nn.Module()
         for name, parameter in selected.items():
             logits = torch.full(parameter.shape, start, dtype=torch.float32, device=parameter.device)
-            self.logits_tree.put(name, nn.Parameter(logits))
+            _plant(self.logits_tree, name, nn.Parameter(logits))
 
     @property
     def network(self) -> nn.Module:
@@ -114,16 +113,12 @@ class MaskedNetwork(nn.Module):
         Raises:
             MismatchError: the network's weights are no longer those it was made for.
         """
-        versions = self._weight_versions()
-        if versions != self._versions:
-            now = fingerprint(self.network)
-            if now != self._fingerprint:
-                raise MismatchError(
-                    "The network's weights have changed since it was masked, so the logits belong to a network that no "
-                    "longer exists. Keep its parameters out of every optimizer (give it masked.parameters(), which are "
-                    "the logits only) and do not load, cast or edit it in between."
-                )
-            self._versions = versions
+        if fingerprint(self.network) != self._fingerprint:
+            raise MismatchError(
+                "The network's weights have changed since it was masked, so the logits belong to a network that no "
+                "longer exists. Keep its parameters out of every optimizer (give it masked.parameters(), which are the "
+                "logits only) and do not load, cast, edit or train it in between."
+            )
         return self._fingerprint
 
     def mask(self) -> Mask:
@@ -245,8 +240,9 @@ class MaskedNetwork(nn.Module):
 
     def _output_axes(self, batch: Batch, output: Any, size: int) -> Axes:
         """Where the batch is in the outputs; found once for each kind of call by one more, without gradients."""
-        shapes = tuple(leaf.dim() if isinstance(leaf, Tensor) else type(leaf) for leaf in batch.leaves)
-        key = (shapes, tuple(batch.axes), len(flatten(output)[0]))
+        # Flags can change what comes out, so their values are part of what kind of call it is.
+        kinds = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in batch.leaves)
+        key = (kinds, tuple(batch.axes), len(flatten(output)[0]))
         if key not in self._axes:
             other = size - 1 if size > 1 else 2
             with torch.no_grad():
@@ -260,7 +256,7 @@ class MaskedNetwork(nn.Module):
             warnings.warn(
                 "A MaskedNetwork in training mode was called under torch.no_grad() or inference_mode(), so no gradient "
                 "can reach the logits. Call it with gradients to train, or after masked.eval() to evaluate the mask.",
-                stacklevel=4,
+                stacklevel=5,  # past forward, and torch's two layers around it,
             )
             return
         if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flatten(output)[0]):
@@ -270,9 +266,6 @@ class MaskedNetwork(nn.Module):
                 f"Masked are: {', '.join(self.logits)}."
             )
         self._seen_a_gradient = True
-
-    def _weight_versions(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple((id(t), t.data_ptr(), t._version) for t in self.network.parameters())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedNetwork":
         self.network._apply(fn)
@@ -309,17 +302,17 @@ def initial_logit(keep: float) -> float:
     return logit
 
 
-class _Names(nn.Module):
-    """Parameters under dotted names: a tree of empty modules, so that names never collide as joined ones can."""
+def _plant(tree: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter under its dotted name into a tree of empty modules, where names never collide as joined ones can.
 
-    def put(self, name: str, parameter: nn.Parameter) -> None:
-        *path, last = name.split(".")
-        at: nn.Module = self
-        for part in path:
-            if part not in at._modules:
-                at.add_module(part, nn.Module())
-            at = at.get_submodule(part)
-        at.register_parameter(last, parameter)
+    The modules are plain ones, so every name that a network's own modules and parameters can have is free.
+    """
+    *path, last = name.split(".")
+    for part in path:
+        if part not in tree._modules:
+            tree.add_module(part, nn.Module())
+        tree = tree.get_submodule(part)
+    tree.register_parameter(last, parameter)
 
 
 class _Gated(torch.autograd.Function):

@@ -27,20 +27,29 @@ def _loops() -> Any:
 
 
 def applies(weight: Tensor, logits: Tensor) -> bool:
-    """Whether the fused path can take this parameter: float32 on the CPU, logits alike.
+    """Whether the fused path can take this parameter (or its gradient) and its logits: float32 data on the CPU.
 
-    Other dtypes and devices, and tensors that only pretend to have data (meta, fake, functorch-wrapped), go the
-    reference's way.
+    Other dtypes, layouts and devices, and tensors whose memory is not what they show (subclasses, fake ones, those
+    inside a function transform, lazily negated ones), go the reference's way.
     """
     return (
-        weight.device.type == "cpu"
-        and logits.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and logits.dtype == torch.float32
-        and weight.numel() > 0
-        and type(weight) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling() and weight.numel() > 0 and _has_plain_data(weight) and _has_plain_data(logits)
     )
+
+
+def _has_plain_data(tensor: Tensor) -> bool:
+    if (
+        type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.device.type != "cpu"
+        or tensor.dtype != torch.float32
+        or tensor.layout is not torch.strided
+        or tensor.is_neg()
+    ):
+        return False
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:  # wrapped by a function transform
+        return False
 
 
 def walk(
@@ -99,5 +108,5 @@ def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
 def logit_gradient(gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
     """As :func:`sublens.kernels.reference.logit_gradient` with tau = 1."""
     out = torch.empty(logits.shape, dtype=torch.float32)
-    walk(weight.contiguous(), logits.contiguous(), draw, gradient=gradient.contiguous(), result=out)
+    walk(weight.contiguous(), logits.contiguous(), draw, gradient=gradient.resolve_neg().contiguous(), result=out)
     return out

@@ -143,8 +143,8 @@ def _draw(k: Any, tile: Any, sample: Any, p: Any) -> None:
 def _odds(o: Any, logits: Any) -> None:
     for j in range(o.size):
         x = logits[j]
-        x = x if x < _BOUND else _BOUND
-        x = x if x > -_BOUND else -_BOUND
+        x = _BOUND if x > _BOUND else x
+        x = -_BOUND if x < -_BOUND else x
         n = np.floor(x * f32(1.4426950408889634) + f32(0.5))
         r = x - n * f32(0.693359375)
         r = r - n * f32(-2.12194440e-4)
