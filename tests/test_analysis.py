@@ -62,6 +62,14 @@ def test_layers_add_up_as_their_convolution() -> None:
     )
 
 
+def test_large_layers_add_up_though_rare_outcomes_are_left_out() -> None:
+    layers = [shared_by_chance(160_000, 40_000, 50_000), shared_by_chance(80_000, 30_000, 8_000)]
+    found = total(layers)
+    mean, variance = 12_500 + 3_000, 12_500 * 0.75 * 110 / 160 + 3_000 * (5 / 8) * 0.9  # hypergeometric, by formula
+    assert found.summary(lambda x: x)["mean"] == pytest.approx(mean, rel=1e-9)
+    assert found.z(mean + 100) == pytest.approx(100 / variance**0.5, rel=1e-4)
+
+
 @pytest.fixture
 def network() -> nn.Sequential:
     torch.manual_seed(0)

@@ -100,6 +100,10 @@ class Folder:
         """Return the folder of a part's checkpoint while it is being trained."""
         return self.path / "unfinished" / part
 
+    def forget(self, part: str) -> None:
+        """Remove a finished part's checkpoint, which may be many times larger than its mask."""
+        shutil.rmtree(self.checkpoints(part), ignore_errors=True)
+
     def finish(self, part: str, history: list[Record], seconds: float) -> None:
         """Write down a part's history and wall time, before its own file says that it is finished."""
         lines = [json.dumps({"part": part, **record}, allow_nan=False) for record in history]

@@ -131,6 +131,7 @@ def _network(study: Study, seed: int, folder: Folder, weights: Path | None, prog
         )
         folder.finish("network", history, seconds)
     save_network(net, folder.network)
+    folder.forget("network")
     return net
 
 
@@ -163,6 +164,7 @@ def _mask(study: Study, task: Task, name: str, net: nn.Module, seed: int, folder
     )
     folder.finish(name, run.history, run.seconds)
     run.mask.save(folder.mask(name))
+    folder.forget(name)
     return run.mask
 
 
