@@ -122,6 +122,22 @@ def test_agrees_at_special_values() -> None:
     assert_agrees(normal(logits.numel()), logits, normal(logits.numel(), seed=1))
 
 
+def test_agrees_on_the_edge_of_a_gate() -> None:
+    # An element is open from k = T on. With ordinary logits one gate in 65,536 is that close.
+    k = reference.bits(DRAW, 2**17).double().clamp(8, 65528)
+    edge = (65536 / k - 1).log().float()
+    weight = torch.ones(k.numel())
+    just_open, just_shut = edge, (65536 / (k + 1) - 1).log().float()
+    inside = reference.bits(DRAW, k.numel()) == k
+    assert bool((cpu.masked(weight, just_open, DRAW) == 1)[inside].all())
+    assert bool((cpu.masked(weight, just_shut, DRAW) == 0)[inside].all())
+    # Between the two, the last bit of the odds decides.
+    between = (65536 / (k - 0.5) - 1).log().float()
+    for _ in range(3):
+        assert same_bits(cpu.masked(weight, between, DRAW), reference.masked(weight, between, DRAW))
+        between = between.nextafter(torch.tensor(torch.inf))
+
+
 def test_a_closed_element_is_plus_zero_and_an_open_one_keeps_its_bits() -> None:
     weight = torch.tensor([-0.0, float("nan"), float("inf"), -1.5]).repeat(200)
     logits = torch.zeros(800)
