@@ -810,3 +810,51 @@ def test_its_text_says_what_it_is() -> None:
     assert "72 logits of Sequential" in text
     assert "samples=8" in text
     assert "GumbelSigmoid(tau=1.0)" in text
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.mul_(2.0))
+
+
+def test_a_network_that_writes_into_its_input_does_so_once() -> None:
+    masked, x = sl.MaskedNetwork(WritesIntoItsInput()), normal(8, 6)
+    first = masked(x.clone())  # the call that also looks where the batch is, and which route applies
+    masked.step = 0
+    assert torch.equal(masked(x.clone()), first)
+
+
+def test_a_cast_through_the_masked_network_keeps_the_mask() -> None:
+    network = mlp()
+    masked = sl.MaskedNetwork(network).to(torch.float64)
+    assert next(network.parameters()).dtype == torch.float64
+    assert all(logits.dtype == torch.float32 for logits in masked.parameters())
+    assert masked.mask().apply(network) is not network
+
+
+def test_autocast_is_followed() -> None:
+    network, x = mlp(), normal(8, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sl.MaskedNetwork(network)(x).dtype == network(x).dtype == torch.bfloat16
+
+
+class NeedsNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, numbers: bool) -> torch.Tensor:
+        scale = float(x.abs().max().item()) if numbers else 1.0
+        return self.linear(x) * scale
+
+
+def test_a_later_call_that_vmap_does_not_take_falls_back() -> None:
+    masked, x = sl.MaskedNetwork(NeedsNumbers()), normal(8, 6)
+    plain = masked(x, False)
+    masked.step = 0
+    scales = torch.stack([part.abs().max() for part in x.chunk(4)]).repeat_interleave(2)[:, None]
+    torch.testing.assert_close(masked(x, True), plain * scales)

@@ -30,6 +30,7 @@ def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> boo
     """Whether all masked parameters are float32 CPU weights of ``nn.Linear``, used nowhere else, under a fused gate."""
     if not (gate.fused and kernels.fused()):
         return False
+    parameters = dict(network.named_parameters())
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -38,7 +39,7 @@ def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> boo
         cpu.applies(parameter, scores)
         and parameter.is_contiguous()
         and all(type(module) is nn.Linear and own == "weight" for module, own in owners[id(parameter)])
-        for parameter, scores in ((network.get_parameter(name), scores) for name, scores in logits.items())
+        for parameter, scores in ((parameters[name], scores) for name, scores in logits.items())
     )
 
 
@@ -119,15 +120,17 @@ class _LinearOfSamples(torch.autograd.Function):
         return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None
 
 
-def over_chunks(call: Callable[..., Any], batch: Batch, chunks: int) -> list[Any]:
+def over_chunks(call: Callable[..., Any], batch: Batch, chunks: int, *, copy: bool) -> list[Any]:
     """The outputs of ``call`` for each of the equal chunks of a batch, computed together.
 
     Args:
         call: takes the network's arguments for one chunk.
         batch: its size is a multiple of ``chunks``.
         chunks: number of chunks K.
+        copy: give the network copies, where it is not yet known whether it can be called this way.
     """
     tensors, arguments = batch.stacked(chunks)
+    tensors = [tensor.clone() for tensor in tensors] if copy else tensors
     rebuild: Rebuild | None = None
     others: list[Any] = []
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal
@@ -34,7 +34,10 @@ class MaskedNetwork(nn.Module):
     The network is never modified. For the time of a call its masked weights are put in by
     :func:`torch.func.functional_call`, its other parameters are detached, its buffers are copies, and its modules run
     in evaluation mode: a frozen network does not train, so BatchNorm uses its running statistics and dropout is off.
-    All of that is undone when the call ends, whichever way it ends.
+    All of that is undone when the call ends, whichever way it ends. What a hook captures inside a training call belongs
+    to one chunk, or is a tensor of :func:`torch.func.vmap` that has no meaning outside; put what a loss needs into the
+    network's output. Gradient checkpointing inside the network is not supported: its second pass would run after the
+    masked weights are gone.
 
     ``parameters()`` and ``state_dict()`` hold the logits and nothing else. ``to(device)`` moves the network and the
     logits; the logits stay float32 whatever dtype the network has.
@@ -88,9 +91,9 @@ class MaskedNetwork(nn.Module):
         self._ids = {name: parameter_id(name) for name in selected}
         self._aliases = tied_names(network)
         self._fingerprint = fingerprint(network)
-        self._axes: dict[Any, Axes] = {}
+        self._axes: dict[Hashable, Axes] = {}
         self._seen_a_gradient = False
-        self._route: Literal["unknown", "linear", "general"] = "unknown"
+        self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
         self.logits_tree = nn.Module()
         for name, parameter in selected.items():
             logits = torch.full(parameter.shape, start, dtype=torch.float32, device=parameter.device)
@@ -180,21 +183,34 @@ class MaskedNetwork(nn.Module):
             return self._call(self._gated(step, 0), args, kwargs)
         batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(self.samples)
-        outputs = self._all_at_once(step, batch)
-        if outputs is None:
-            outputs = [
-                self._call(self._gated(step, k), *batch.part(bounds[k], bounds[k + 1])) for k in range(self.samples)
-            ]
         sizes = [stop - start for start, stop in pairwise(bounds)]
-        return join(outputs, sizes, self._output_axes(batch, outputs[0], sizes[0]))
+        # Flags can change what the network does, so their values are part of what kind of call this is.
+        kind = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in batch.leaves)
+        if kind not in self._axes:
+            self._axes[kind] = self._output_axes(batch, sizes[0])
+        outputs = self._all_at_once(step, batch, kind)
+        if outputs is None:
+            outputs = [self._call(self._gated(step, k), *batch.part(*span)) for k, span in enumerate(pairwise(bounds))]
+        return join(outputs, sizes, self._axes[kind])
 
-    def _all_at_once(self, step: int, batch: Batch) -> list[Any] | None:
+    def _output_axes(self, batch: Batch, size: int) -> Axes:
+        """Where the batch is in the outputs: found by two calls of the plain network on batches of different sizes.
+
+        They come before the calls that count, so that what hooks capture is left by those, and on copies, so that a
+        network which writes into its input does so once.
+        """
+        other = size - 1 if size > 1 else 2
+        with torch.no_grad():
+            first, second = (self._call(_plain, *batch.part(0, count, copy=True)) for count in (size, other))
+        return output_axes(first, size, second, other, batch_leads=self.batch_dim == 0)
+
+    def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
         """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
-        if batch.size % self.samples or self._route == "general":
-            return None
         logits = self.logits
-        if self._route == "unknown" and not linear_route.applies(self.network, logits, self.gate):
-            self._route = "general"
+        if kind not in self._general and not linear_route.applies(self.network, logits, self.gate):
+            self._general[kind] = True
+        # Under autocast the general route: the blocked product has one precision.
+        if self._general.get(kind) or batch.size % self.samples or torch.is_autocast_enabled("cpu"):
             return None
 
         def put(name: str, weight: Tensor) -> Tensor:
@@ -204,15 +220,13 @@ class MaskedNetwork(nn.Module):
             return self._call(put, args, kwargs)
 
         try:
-            outputs = linear_route.over_chunks(call, batch, self.samples)
+            outputs = linear_route.over_chunks(call, batch, self.samples, copy=kind not in self._general)
         except Exception:
-            if self._route == "linear":
-                raise
-            # Not known yet whether vmap takes this network. The general route decides: if it fails too, its error is
-            # the network's own and is the one to be seen.
-            self._route = "general"
+            # vmap does not take this network, or not this kind of call. The general route decides: if it fails too, its
+            # error is the network's own and is the one to be seen.
+            self._general[kind] = True
             return None
-        self._route = "linear"
+        self._general[kind] = False
         return outputs
 
     def _gated(self, step: int, sample: int) -> Any:
@@ -228,8 +242,9 @@ class MaskedNetwork(nn.Module):
     def _call(self, put: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the network with ``put(name, weight)`` in place of each masked weight."""
         tensors: dict[str, Tensor] = {}
+        parameters = dict(self.network.named_parameters(remove_duplicate=False))
         for name, aliases in self._aliases.items():
-            weight = self.network.get_parameter(name).detach()
+            weight = parameters[name].detach()
             # All names of a tied tensor get the same object, so that it is sampled once.
             tensors |= dict.fromkeys(aliases, put(name, weight) if name in self._ids else weight)
         copies: dict[int, Tensor] = {}
@@ -237,19 +252,6 @@ class MaskedNetwork(nn.Module):
             tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
         with _at_rest(self.network):
             return functional_call(self.network, tensors, args, kwargs, strict=True)
-
-    def _output_axes(self, batch: Batch, output: Any, size: int) -> Axes:
-        """Where the batch is in the outputs; found once for each kind of call by one more, without gradients."""
-        # Flags can change what comes out, so their values are part of what kind of call it is.
-        kinds = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in batch.leaves)
-        key = (kinds, tuple(batch.axes), len(flatten(output)[0]))
-        if key not in self._axes:
-            other = size - 1 if size > 1 else 2
-            with torch.no_grad():
-                second = self._call(lambda name, weight: weight, *batch.part(0, other))
-            leads = self.batch_dim == 0
-            self._axes[key] = output_axes(output, size, second, other, batch_leads=leads)
-        return self._axes[key]
 
     def _check_first_call(self, output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -268,7 +270,13 @@ class MaskedNetwork(nn.Module):
         self._seen_a_gradient = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedNetwork":
+        dtypes = [parameter.dtype for parameter in self.network.parameters()]
+        unchanged = fingerprint(self.network) == self._fingerprint
         self.network._apply(fn)
+        self._general.clear()
+        if unchanged and dtypes != [parameter.dtype for parameter in self.network.parameters()]:
+            # A cast through us is meant: from here on the logits belong to the weights as they are now.
+            self._fingerprint = fingerprint(self.network)
 
         def move(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)
@@ -300,6 +308,10 @@ def initial_logit(keep: float) -> float:
         limit = 1 / (1 + math.exp(-LOGIT_BOUND))
         raise SettingError(f"keep is {keep!r}; it must be between {1 - limit:.6f} and {limit:.6f}, or gates are stuck.")
     return logit
+
+
+def _plain(name: str, weight: Tensor) -> Tensor:
+    return weight
 
 
 def _plant(tree: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -11,8 +11,8 @@ in tiles of 512; element ``512 t + 64 o + j`` is draw ``o`` of block ``64 t + j`
 neighbouring elements are one vector instruction.
 
 Resolution. A draw is one of 65,536 equally likely values, ``u = (k + 1/2) / 65536``, never 0 or 1. A keep probability
-is thereby met to within ``2**-17``; the bound on logits (:data:`sublens.kernels.reference.LOGIT_BOUND`) keeps every
-probability well above that.
+is thereby met to within about ``2**-17``; the bound on logits (:data:`sublens.kernels.reference.LOGIT_BOUND`) keeps
+every probability well above that.
 """
 
 import hashlib

@@ -125,12 +125,13 @@ class Batch:
             return wanted
         return fitting[0] if len(fitting) == 1 else None
 
-    def part(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments for the examples ``start`` to ``stop - 1``; tensors are views."""
+    def part(self, start: int, stop: int, *, copy: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for the examples ``start`` to ``stop - 1``; tensors are views, or copies if ``copy``."""
         leaves = [
             leaf if axis is None else leaf.narrow(axis, start, stop - start)
             for leaf, axis in zip(self.leaves, self.axes, strict=True)
         ]
+        leaves = [leaf.clone() if copy and isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = self._rebuild(leaves)
         return args, kwargs
 

@@ -69,7 +69,8 @@ class Display:
         if not self._shown:
             return
         metrics = [f"{name} {_short(value)}" for name, value in record.items() if name not in OWN_FIELDS]
-        self._text = ", ".join([f"loss {record['loss']:.4g}", f"kept {record['kept']:.1%}", *metrics])
+        kept = [f"kept {record['kept']:.1%}"] if "kept" in record else []  # a network in training has no mask
+        self._text = ", ".join([f"loss {record['loss']:.4g}", *kept, *metrics])
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], text=self._text)
         elif evaluated:

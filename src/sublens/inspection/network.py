@@ -180,7 +180,7 @@ class _Training:
             self.history.append(record)
             state.recorded = state.step
             state.count, state.loss, state.norm = 0, 0.0, 0.0
-        display.record({**record, "kept": 1.0}, evaluated=evaluates)
+        display.record(record, evaluated=evaluates)
 
     def _save(self) -> None:
         now = time.perf_counter()
