@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
 
-from sublens import linear_route
+from sublens import linear_route, recomputation
 from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid
 from sublens.kernels import LOGIT_BOUND
@@ -36,8 +36,8 @@ class MaskedNetwork(nn.Module):
     in evaluation mode: a frozen network does not train, so BatchNorm uses its running statistics and dropout is off.
     All of that is undone when the call ends, whichever way it ends. What a hook captures inside a training call belongs
     to one chunk, or is a tensor of :func:`torch.func.vmap` that has no meaning outside; put what a loss needs into the
-    network's output. Gradient checkpointing inside the network is not supported: its second pass would run after the
-    masked weights are gone.
+    network's output. Gradient checkpointing, inside the network or around it, is refused at the first training call:
+    its second pass would run after the masked weights are gone.
 
     ``parameters()`` and ``state_dict()`` hold the logits and nothing else. ``to(device)`` moves the network and the
     logits; the logits stay float32 whatever dtype the network has.
@@ -163,6 +163,7 @@ class MaskedNetwork(nn.Module):
 
         Raises:
             BatchError: the batch cannot be split into the samples, or the outputs cannot be joined.
+            SettingError: at the first training call, a part of the network is checkpointed.
             CutGraphError: at the first training call, the network's output does not depend on any logit.
         """
         if not self.training:
@@ -173,9 +174,11 @@ class MaskedNetwork(nn.Module):
                 # Through .data: values within the bound do not change, so graphs of earlier calls stay valid.
                 logits.data.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
         step, self.step = self.step, self.step + 1
-        output = self._sampled(step, args, kwargs)
-        if not self._seen_a_gradient:
-            self._check_first_call(output)
+        if self._seen_a_gradient:
+            return self._sampled(step, args, kwargs)
+        with recomputation.refused():
+            output = self._sampled(step, args, kwargs)
+        self._check_first_call(output)
         return output
 
     def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -267,6 +270,7 @@ class MaskedNetwork(nn.Module):
                 "(torch.no_grad, detach, .data, .item, or an output computed from unmasked parameters only). "
                 f"Masked are: {', '.join(self.logits)}."
             )
+        recomputation.refuse_in_graph(flatten(output)[0])
         self._seen_a_gradient = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedNetwork":
