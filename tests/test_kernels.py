@@ -74,10 +74,22 @@ def test_agrees_for_every_name_of_a_draw(shape: list[int], seed: int, step: int,
     assert_agrees(*problem(*shape), Draw(seed, step, sample, parameter))
 
 
+@pytest.mark.parametrize("first", [2, 3])
+@pytest.mark.parametrize("samples", [1, 2, 3, 4])
+def test_walk_begins_at_either_sample_of_a_pair(first: int, samples: int) -> None:
+    weight, logits, _ = problem(1100)
+    masked = torch.full((samples, 1100), torch.nan)
+    draw = Draw(3, 11, first, DRAW.parameter)
+    cpu.walk(weight, logits, draw, masked=masked, begin=0, samples=samples)
+    for k in range(samples):
+        assert torch.equal(masked[k], reference.masked(weight, logits, sample_of(draw, k)))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1500), st.integers(1, 1500), st.integers(1, 4), st.integers(0, 5))
 @example(begin=512, count=512, samples=4, seed=0)
 @example(begin=511, count=1, samples=2, seed=0)
+@example(begin=0, count=600, samples=3, seed=0)
 def test_walk_over_a_run_is_that_run_of_the_whole(begin: int, count: int, samples: int, seed: int) -> None:
     weight, logits, _ = problem(begin + count + 7, seed=seed)
     gradient = normal(samples, count, seed=seed + 9)
@@ -321,7 +333,7 @@ def test_the_draws_of_one_step_are_all_different() -> None:
     logits = torch.zeros(4096)
     names = [
         DRAW,
-        sample_of(DRAW, 1),
+        sample_of(DRAW, 2),  # the second of DRAW's own antithetic pair has a test of its own
         Draw(3, 12, 2, DRAW.parameter),
         Draw(4, 11, 2, DRAW.parameter),
         Draw(3, 11, 2, 1),

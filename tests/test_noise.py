@@ -86,9 +86,10 @@ def test_layout_is_the_documented_one(draw: Draw) -> None:
     for element in (0, 1, 63, 64, 127, 128, 320, 448, 511, 512, 577, 1024, 1535):
         tile, within = divmod(element, 512)
         part, lane = divmod(within, 64)
-        counter = (64 * tile + lane, draw.sample, draw.step % 2**32, draw.step // 2**32)
+        counter = (64 * tile + lane, draw.sample // 2, draw.step % 2**32, draw.step // 2**32)
         word = threefry_of_integers(counter, key)[part // 2]
-        assert drawn[element] == word >> 16 * (part % 2) & 0xFFFF, element
+        first = word >> 16 * (part % 2) & 0xFFFF
+        assert drawn[element] == (0xFFFF - first if draw.sample % 2 else first), element
 
 
 # --- a pure function of its names ---
@@ -173,7 +174,7 @@ def _with(**changes: int) -> Draw:
 
 
 NEIGHBOURS = {
-    "next sample": _with(sample=BASE.sample + 1),
+    "next pair": _with(sample=BASE.sample + 1),
     "fourth sample": _with(sample=BASE.sample + 4),
     "next step": _with(step=BASE.step + 1),
     "step, high word": _with(step=BASE.step + 2**32),
@@ -196,6 +197,12 @@ def test_neighbouring_elements_are_independent(lag: int) -> None:
 @pytest.mark.parametrize("other", NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
 def test_neighbouring_draws_are_independent(other: Draw) -> None:
     assert_independent(bits(BASE, COUNT), bits(other, COUNT))
+
+
+@pytest.mark.parametrize("pair", [0, 1, 2**30])
+def test_the_two_samples_of_a_pair_are_antithetic(pair: int) -> None:
+    first, second = (bits(_with(sample=sample), COUNT) for sample in (2 * pair, 2 * pair + 1))
+    assert torch.equal(first + second, torch.full_like(first, 0xFFFF))
 
 
 def assert_independent(x: Tensor, y: Tensor) -> None:

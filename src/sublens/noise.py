@@ -5,7 +5,11 @@ The generator is Threefry-4x32 with 13 rounds (Salmon, Moraes, Dror and Shaw, "P
 and keys with little structure of their own included. It needs additions, rotations and exclusive-ors of 32-bit words
 only, so the same bits come out on every device, and nothing has to be stored to draw a number again.
 
-Layout. The key is ``(seed, parameter)``, 64 bits each; the counter is ``(block, sample, step)``. One block gives four
+Antithetic pairs. Samples 2 p and 2 p + 1 share their noise: where the first has u, the second has 1 - u (Hammersley and
+Morton, "A new Monte Carlo technique: antithetic variates", 1956). Each sample by itself is distributed as without pairs;
+what a gate draws high in one it draws low in the other, so the mean over a pair varies less, and half the numbers do.
+
+Layout. The key is ``(seed, parameter)``, 64 bits each; the counter is ``(block, pair, step)``. One block gives four
 32-bit words, that is eight 16-bit draws: word ``w``, low half first. Elements are numbered in row-major order and come
 in tiles of 512; element ``512 t + 64 o + j`` is draw ``o`` of block ``64 t + j``, an order in which eight or sixteen
 neighbouring elements are one vector instruction.
@@ -54,8 +58,13 @@ class Draw:
         return self.seed & _WORD, self.seed >> 32 & _WORD, self.parameter & _WORD, self.parameter >> 32 & _WORD
 
     def counter(self) -> tuple[int, int, int]:
-        """The three 32-bit words of the counter that stand behind the block number."""
-        return self.sample & _WORD, self.step & _WORD, self.step >> 32 & _WORD
+        """The three 32-bit words of the counter that stand behind the block number: pair, step low, step high."""
+        return self.sample >> 1 & _WORD, self.step & _WORD, self.step >> 32 & _WORD
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether this is the second sample of its antithetic pair, whose noise is 1 - u."""
+        return self.sample % 2 == 1
 
 
 def parameter_id(name: str) -> int:
@@ -102,7 +111,8 @@ def bits(draw: Draw, count: int, *, device: torch.device | str = "cpu") -> Tenso
     words = threefry((block, rest[0], rest[1], rest[2]), draw.key())
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     per_tile = torch.stack([half.view(tiles, LANES) for half in halves], dim=1)
-    return per_tile.reshape(-1)[:count].to(torch.int32)
+    drawn = per_tile.reshape(-1)[:count].to(torch.int32)
+    return LEVELS - 1 - drawn if draw.mirrored else drawn
 
 
 def uniform(draw: Draw, count: int, *, device: torch.device | str = "cpu") -> Tensor:

@@ -94,7 +94,7 @@ def walk(
         count,
     )
     p[10:14] = draw.key()
-    p[14:17] = draw.counter()
+    p[14:17] = (draw.sample, *draw.counter()[1:])
     threads.run(loops.walk.address, p.ctypes.data, parallel=count * samples >= _SMALL)
 
 

@@ -29,8 +29,8 @@ NEXT, WEIGHT, LOGITS, MASKED, GRADIENT, RESULT, BEGIN, COUNT, SAMPLES, STRIDE = 
 KEY, COUNTER = 10, 14
 FIELDS = 17
 """NEXT is the first tile not yet taken, counted from the first; WEIGHT ... RESULT are addresses of float32 data, of
-element BEGIN; MASKED and GRADIENT hold SAMPLES rows, STRIDE elements apart; KEY is four words, COUNTER three (sample,
-step low, step high)."""
+element BEGIN; MASKED and GRADIENT hold SAMPLES rows, STRIDE elements apart; KEY is four words, COUNTER three (first
+sample, step low, step high)."""
 
 
 @intrinsic
@@ -122,9 +122,9 @@ _words = types.Array(types.int64, 1, "C")
 
 @_vector(types.void(_ints, types.int64, types.int64, _words))
 def _draw(k: Any, tile: Any, sample: Any, p: Any) -> None:
-    """The 512 draws of a tile."""
+    """The 512 draws of a tile, for the first sample of a pair."""
     k0, k1, k2, k3 = u32(p[KEY]), u32(p[KEY + 1]), u32(p[KEY + 2]), u32(p[KEY + 3])
-    c1, c2, c3 = u32(u32(p[COUNTER]) + u32(sample)), u32(p[COUNTER + 1]), u32(p[COUNTER + 2])
+    c1, c2, c3 = u32(sample >> 1), u32(p[COUNTER + 1]), u32(p[COUNTER + 2])
     first = u32(tile * LANES)
     low = u32(0xFFFF)
     for j in range(LANES):
@@ -137,6 +137,13 @@ def _draw(k: Any, tile: Any, sample: Any, p: Any) -> None:
         k[320 + j] = c >> u32(16)
         k[384 + j] = d & low
         k[448 + j] = d >> u32(16)
+
+
+@_vector(types.void(_ints))
+def _mirror(k: Any) -> None:
+    """From the first sample of a pair to the second: 1 - u for u."""
+    for j in range(TILE):
+        k[j] = i32(LEVELS - 1) - k[j]
 
 
 @_vector(types.void(_floats, _floats))
@@ -217,7 +224,11 @@ def _walk(pointer: Any) -> None:
                 _thresholds(t, o)
             g[:] = f32(0.0)
             for s in range(samples):
-                _draw(draws, tile, s, p)
+                sample = p[COUNTER] + s
+                if s == 0 or sample % 2 == 0:
+                    _draw(draws, tile, sample, p)
+                if sample % 2 == 1:
+                    _mirror(draws)
                 row = s * stride
                 if wants_masked:
                     _mask(masked[row + a : row + b], weight[a:b], k, t)
