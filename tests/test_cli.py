@@ -63,11 +63,16 @@ def test_commands_and_options_are_these():
         ],
         "studies": [],
         "show": ["run"],
+        "sweep": [
+            "--alpha", "--jobs", "--network", "--out", "--preset", "--resume", "--samples", "--seeds", "--set",
+            "--steps", "--widths", "study",
+        ],
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["inspect", "--help"], ["studies"], ["--version"], ["inspect", "nope"]]
+    "arguments",
+    [["--help"], ["inspect", "--help"], ["sweep", "--help"], ["studies"], ["--version"], ["inspect", "nope"]],
 )
 def test_torch_is_not_loaded_before_a_study_is(arguments):
     program = f"import sys; from sublens import cli; cli.run({arguments!r}); sys.exit('torch' in sys.modules)"

@@ -1,12 +1,14 @@
-"""The command line. It reads options, calls :func:`sublens.inspect`, and shows what came out; nothing is decided here.
+"""The command line. It reads options, makes a run or a sweep, and shows what came out; nothing is decided here.
 
 Torch is loaded when a study is, not before: ``sublens --help`` answers at once.
 """
 
+import json
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +18,13 @@ from typer.exceptions import TyperException
 from sublens import __version__, studies
 from sublens.errors import SublensError
 
+if TYPE_CHECKING:
+    from sublens.report import Row
+    from sublens.sweeping import Outcome
+
+SOME_FAILED = 1
 BAD_INPUT = 2
+MOST_SEEDS = 10_000  # more is a seed given where a number of seeds is meant
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 app = typer.Typer(
@@ -100,6 +108,106 @@ def _inspect(
     _show(folder)
 
 
+@app.command("sweep")
+def _sweep(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A built-in study, or a Python file with study().")],
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="How many seeds, from 0 on; or the seeds themselves: 3,5,8, or one of them: 3,", show_default="1"
+        ),
+    ] = None,
+    steps: Annotated[str | None, typer.Option(metavar="LIST", help="Training steps of each mask.")] = None,
+    samples: Annotated[str | None, typer.Option(metavar="LIST", help="Draws per step.")] = None,
+    alpha: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Weights of the penalty, such as 1e-5,1e-4,1e-3.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(metavar="LIST", help="The study's presets.")] = None,
+    widths: Annotated[
+        list[str] | None,
+        typer.Option(help="Widths of the hidden layers, such as 400,400,200. Give it again for each network."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=LIST",
+            help="Any other setting: keep=0.5,0.9, or one of the study's own. Give it again for each.",
+        ),
+    ] = None,
+    network: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights already trained: no run trains the network.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The sweep's folder. By default sweeps/STUDY.", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes at a time. They share the cores.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the runs that failed, or were interrupted.")
+    ] = False,
+) -> int:
+    """Run a study with every combination of settings, each in a run folder of its own, and put all in one table."""
+    swept: dict[str, list[Any]] = {}
+    for name, text, kind in (
+        ("preset", preset, str),
+        ("steps", steps, int),
+        ("samples", samples, int),
+        ("alpha", alpha, float),
+    ):
+        if text is not None:
+            swept[name] = _list(f"--{name}", text, kind)
+    if widths:
+        swept["widths"] = [_whole_numbers(text) for text in widths]
+    for text in settings or ():
+        name, equals, values = text.partition("=")
+        if not equals or not name or name in swept or name == "seed":
+            raise typer.BadParameter(
+                f"--set {text!r} must be NAME=VALUE,VALUE with a name that is not given already; seeds go to --seeds."
+            )
+        swept[name] = _list(f"--set {name}", values, _plain)
+    swept["seed"] = _seeds(seeds)
+    from sublens.sweeping import sweep
+
+    try:
+        found = sweep(study, swept, out=out, jobs=jobs, resume=resume, network=network, told=_tell)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. The same command with --resume goes on with the sweep.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    _show_rows(found.rows)
+    for file in ("sweep.json", "sweep.csv", "sweep.html"):
+        typer.echo(f"{file.partition('.')[2]:>5}: {found.folder / file}")
+    if not found.failed:
+        return 0
+    typer.echo(f"\n{len(found.failed)} of {len(found.outcomes)} runs are not finished:", err=True)
+    for outcome in found.failed:
+        typer.echo(f"  {outcome.name}: {outcome.reason}", err=True)
+    typer.echo("The same command with --resume tries them again.", err=True)
+    return SOME_FAILED
+
+
+def _tell(outcome: "Outcome", ended: int, total: int) -> None:
+    status = {"skipped": "finished before", "failed": "failed"}.get(outcome.status, "done")
+    typer.echo(f"{ended} of {total}: {outcome.name}: {status}", err=True)
+
+
+def _show_rows(rows: "Iterable[Row]") -> None:
+    from sublens.report import written
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("setting, and what was measured")
+    for column in ("mean ± sd", "random masks", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.name, "", "", str(len(row.seeds)))
+        for measure in row.measures:
+            seen, chance = (written(spread, measure.what) for spread in (measure.seen, measure.chance))
+            table.add_row(f"  {measure.name}", seen, chance, str(measure.seen.n))
+    console = _console()
+    console.print(table)
+    console.print()
+
+
 @app.command("studies")
 def _studies() -> None:
     """List the built-in studies."""
@@ -161,8 +269,42 @@ def _whole_numbers(text: str | None) -> tuple[int, ...] | None:
         ) from None
 
 
+def _list(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        what = {int: "whole numbers", float: "numbers"}.get(kind, "values")  # type: ignore[call-overload]
+        raise typer.BadParameter(f"{option} {text!r} must be {what} with commas between.") from None
+
+
+def _plain(text: str) -> Any:
+    """Read a number or truth value as JSON writes them; anything else is text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (int, float)) else text
+
+
+def _seeds(text: str | None) -> list[int]:
+    if text is None:
+        return [0]
+    if "," in text:
+        return _list("--seeds", text.removesuffix(","), int)
+    (number,) = _list("--seeds", text, int)
+    if not 1 <= number <= MOST_SEEDS:
+        raise typer.BadParameter(
+            f"--seeds {text} must be how many seeds, from 1 to {MOST_SEEDS:,}. One seed of your own is written {text},"
+            " with a comma."
+        )
+    return list(range(number))
+
+
 def run(arguments: list[str]) -> int:
-    """Run the command line; return its exit code: 0, 2 for bad input (stderr says what), or 130 for Ctrl-C."""
+    """Run the command line; return its exit code.
+
+    0, 1 if runs of a sweep failed, 2 for bad input (stderr says what), or 130 for Ctrl-C.
+    """
     try:
         code: Any = app(args=arguments, prog_name="sublens", standalone_mode=False)
     except typer.Abort:

@@ -187,6 +187,8 @@ class Study:
                 )
         if not self.keep < 1:
             raise StudyError(f"Study {self.name!r}: keep={self.keep!r} is a probability and must lie between 0 and 1.")
+        if not isinstance(self.biases, bool):
+            raise StudyError(f"Study {self.name!r}: biases={self.biases!r} must be True or False.")
         if self.penalty not in ("logits", "expected"):
             raise StudyError(f"Study {self.name!r}: penalty={self.penalty!r} must be 'logits' or 'expected'.")
         for name in ("network", "confusion"):

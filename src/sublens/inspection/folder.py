@@ -34,6 +34,18 @@ def hash_of(path: Path) -> str:
         raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
+def is_used(path: Path) -> bool:
+    """Return whether the folder is there and holds anything.
+
+    Raises:
+        FileError: it is not a folder, or cannot be read.
+    """
+    try:
+        return path.exists() and any(path.iterdir())
+    except OSError as error:
+        raise FileError(f"Cannot use {path} as a run folder: {error.strerror or error}.") from error
+
+
 class Folder:
     """A run's folder, opened to begin it or, with ``resume``, to go on with it.
 
@@ -51,10 +63,7 @@ class Folder:
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
         config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
-        try:
-            occupied = path.exists() and any(path.iterdir())
-        except OSError as error:
-            raise FileError(f"Cannot use {path} as a run folder: {error.strerror or error}.") from error
+        occupied = is_used(path)
         if occupied:
             self._check(config, resume)
         try:

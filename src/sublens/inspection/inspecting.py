@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ import sublens
 from sublens.analysis import accuracies, interrogate, measuring, overlap
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
-from sublens.inspection.folder import Folder, default_folder, hash_of
+from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
 from sublens.inspection.network import load_network, save_network, train_network
 from sublens.mask import Mask
 from sublens.study import Study, Task, repeat_of, seed_from
@@ -64,14 +64,8 @@ def inspect(
         MismatchError: the folder holds another run, or the weights do not fit the network.
         FileError: a file cannot be read or written.
     """
-    if not isinstance(study, Study):
-        raise StudyError(f"inspect takes a sublens.Study, such as study() returns, not a {type(study).__name__}.")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise SettingError(f"seed={seed!r} must be a whole number from 0 to 2**63-1.")
-    changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha}
-    study = dataclasses.replace(study, **{name: value for name, value in changes.items() if value is not None})
     weights = None if network is None else Path(network)
-    config = _config(study, seed, None if weights is None else hash_of(weights))
+    study, config = _asked(study, seed, steps, samples, alpha, weights)
     folder = Folder(default_folder(study, seed) if out is None else Path(out), config, resume=resume)
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
     if result is None:
@@ -90,6 +84,44 @@ def inspect(
 
         write_report(folder.path)
     return result
+
+
+def progress_of(
+    study: Study,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    samples: int | None = None,
+    alpha: float | None = None,
+    network: str | os.PathLike[str] | None = None,
+) -> Literal["new", "begun", "finished"]:
+    """Return how far the run that :func:`inspect` would make of these arguments has come in ``out``.
+
+    Raises:
+        SettingError: an argument is impossible, or the folder holds something else than a run.
+        MismatchError: it holds another run; the differences are named.
+        FileError: a file cannot be read.
+    """
+    weights = None if network is None else Path(network)
+    _, config = _asked(study, seed, steps, samples, alpha, weights)
+    path = Path(out)
+    if not is_used(path):
+        return "new"
+    return "begun" if Folder(path, config, resume=True).read_json("result.json") is None else "finished"
+
+
+def _asked(
+    study: Study, seed: int, steps: int | None, samples: int | None, alpha: float | None, weights: Path | None
+) -> tuple[Study, dict[str, Any]]:
+    """Return the study with what was asked put in, and everything that the run depends on."""
+    if not isinstance(study, Study):
+        raise StudyError(f"inspect takes a sublens.Study, such as study() returns, not a {type(study).__name__}.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise SettingError(f"seed={seed!r} must be a whole number from 0 to 2**63-1.")
+    changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha}
+    study = dataclasses.replace(study, **{name: value for name, value in changes.items() if value is not None})
+    return study, _config(study, seed, None if weights is None else hash_of(weights))
 
 
 def _parts(study: Study) -> dict[str, Task]:

@@ -1,6 +1,20 @@
-"""The report: figures and one HTML page, made from a run folder's files alone. It needs neither torch nor the study."""
+"""The report: figures and HTML pages, made from run folders' files alone. It needs neither torch nor the study."""
 
 from sublens.report.page import write_report
 from sublens.report.run_folder import RunFolder, read
+from sublens.report.sweep_page import sweep_page, written
+from sublens.report.sweep_table import Row, as_csv, as_json, as_text, described, tabulate
 
-__all__ = ["RunFolder", "read", "write_report"]
+__all__ = [
+    "Row",
+    "RunFolder",
+    "as_csv",
+    "as_json",
+    "as_text",
+    "described",
+    "read",
+    "sweep_page",
+    "tabulate",
+    "write_report",
+    "written",
+]

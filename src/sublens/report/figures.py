@@ -1,6 +1,7 @@
 """The report's figures, as SVG: once as a file of its own, once to stand inside the page and follow its colours."""
 
 import io
+import math
 import re
 import warnings
 import xml.etree.ElementTree as ET
@@ -13,12 +14,15 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from sublens.report.sweep_table import as_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from matplotlib.axes import Axes
 
     from sublens.report.run_folder import Overlap, OverlapValues, Record
+    from sublens.report.sweep_table import Row, Spread
 
 # Role of a colour -> its value in the figure files. In the page each becomes the CSS variable of its name, which is
 # how figures follow the light and the dark scheme. The series are the colours of Okabe and Ito, made to be told apart
@@ -227,6 +231,94 @@ def _overlap_points(
         label=label,
         clip_on=False,  # 0 and 1 lie on the edge
     )
+
+
+def against_setting(rows: Sequence["Row"], setting: str, name: str) -> str | None:
+    """Draw accuracy, kept share and IoU against a setting, mean and spread over the seeds; ``None`` without runs.
+
+    Args:
+        rows: runs that differ in this setting, in the order in which a setting without numbers is drawn.
+        setting: its name.
+        name: unique name of the figure in its page.
+    """
+    places, labels = _places([row.settings.get(setting) for row in rows])
+    panels = []
+    for what, label, factor in (("accuracy", "accuracy (%)", 100), ("kept", "kept (%)", 100), ("iou", "IoU", 1)):
+        keys = list(dict.fromkeys((m.what, m.of, m.on) for row in rows for m in row.measures if m.what == what))
+        if keys:
+            panels.append((keys, label, factor))
+    if not panels:
+        return None
+    with _figure(_WIDTH, 2.1 * len(panels) + 0.4) as figure:
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (keys, label, factor) in zip(grid, panels, strict=True):
+            # Series stand side by side: nearly all masks solve their own task, and would hide each other.
+            step = (max(places) - min(places) or 1) * 0.012
+            chance_named = False
+            for index, key in enumerate(keys):
+                found = [(place, row.find(key)) for place, row in zip(places, rows, strict=True)]
+                taken = [(place + (index - (len(keys) - 1) / 2) * step, m) for place, m in found if m is not None]
+                by_chance = [(place, m.chance) for place, m in taken if m.chance is not None]
+                if by_chance:
+                    _spreads(axes, by_chance, factor, index, COLOURS["quiet"], hollow=True,
+                             label=None if chance_named else "random masks")  # fmt: skip
+                    chance_named = True
+                title = taken[0][1].of + (f" on {key[2]}" if key[2] not in ("", key[1]) else "")
+                _spreads(axes, [(place, m.seen) for place, m in taken], factor, index, _colour(index), label=title)
+            axes.set_ylabel(label)
+            axes.set_ylim(0, None if keys[0][0] == "kept" else 1.04 * factor)
+            axes.grid(axis="y")
+            axes.set_axisbelow(True)
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2.6)
+        every = -(-len(labels) // 9)  # about as many labels as there is room for
+        grid[-1].set_xticks(places[::every], labels[::every])
+        grid[-1].set_xlabel(setting)
+        return _svg(figure, name)
+
+
+def _spreads(
+    axes: "Axes",
+    points: Sequence[tuple[float, "Spread"]],
+    factor: int,
+    index: int,
+    colour: str,
+    *,
+    label: str | None,
+    hollow: bool = False,
+) -> None:
+    """Draw means with their standard deviations as bars."""
+    axes.errorbar(
+        [place for place, _ in points],
+        [factor * spread.mean for _, spread in points],
+        yerr=[factor * (spread.sd or 0) for _, spread in points],
+        color=colour,
+        linestyle=(0, (1, 2)) if hollow else _DASHES[index % len(_DASHES)],
+        linewidth=1 if hollow else 1.4,
+        marker=_MARKERS[index % len(_MARKERS)],
+        markersize=4.5,
+        markerfacecolor="none" if hollow else colour,
+        elinewidth=1,
+        capsize=2.5,
+        label=None if label is None else _label(label),
+        zorder=2 if hollow else 3,
+        clip_on=False,  # 0 and 100 % lie on the edge
+    )
+
+
+def _places(values: Sequence[Any]) -> tuple[list[float], list[str]]:
+    """Return where on the axis each value of a setting stands, and how it is written there."""
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    labels = [f"{value:g}" if isinstance(value, float) else as_text(value) for value in values]
+    steps = [math.log10(number) if number > 0 else math.nan for number in numbers]
+    if len(numbers) < len(values):
+        return [float(place) for place in range(len(values))], labels
+    low, high = min(number for number in (*numbers, math.inf) if number > 0), max(numbers)
+    if high < 20 * low:
+        return [float(number) for number in numbers], labels
+    if min(numbers) > 0:
+        return steps, labels
+    # Some decades, and zero, which lies infinitely far from them: side by side in order.
+    return [float(sorted(set(numbers)).index(number)) for number in numbers], labels
 
 
 def inline(svg: str, prefix: str, description: str) -> str:

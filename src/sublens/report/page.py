@@ -39,6 +39,19 @@ def write_report(folder: Path | str) -> Path:
     return target
 
 
+def template_environment() -> Environment:
+    """Return what all pages are rendered with: everything is escaped, and a name that is missing is an error."""
+    environment = Environment(
+        loader=PackageLoader("sublens.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = sentences.percent
+    return environment
+
+
 def _draw(run: RunFolder) -> dict[str, str]:
     """Return the figures that the run has numbers for: file name without its ending -> SVG."""
     drawn = {
@@ -61,14 +74,8 @@ def _overlap_name(index: int) -> str:
 
 
 def _render(run: RunFolder, drawn: Mapping[str, str]) -> str:
-    environment = Environment(
-        loader=PackageLoader("sublens.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=sentences.percent, duration=_duration, setting=_setting)
+    environment = template_environment()
+    environment.filters.update(duration=_duration, setting=_setting)
 
     def figure(name: str, sentence: str) -> Markup | None:
         # The only text that is not escaped by the template: an XML writer has escaped what is in it.

@@ -1,0 +1,99 @@
+"""The page over many runs: one table and, for each setting that was swept, figures against it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from sublens.report import figures
+from sublens.report.page import template_environment
+from sublens.report.run_folder import printable
+from sublens.report.sentences import percent
+from sublens.report.sweep_table import Measure, Row, Spread, as_text, described
+
+
+def sweep_page(title: str, rows: Sequence[Row], failed: Sequence[tuple[str, str]] = ()) -> str:
+    """Return one HTML page that holds everything it shows.
+
+    Args:
+        title: the study's name.
+        rows: the table.
+        failed: of each run that is not among them its settings, and why it failed.
+    """
+    setting = _across(rows)
+    return (
+        template_environment()
+        .get_template("sweep.html.j2")
+        .render(
+            title=printable(title),
+            rows=rows,
+            runs=sum(len(row.seeds) for row in rows),
+            failed=[(printable(name), printable(reason)) for name, reason in failed],
+            setting=setting,
+            charts=[] if setting is None else _charts(rows, setting),
+            written=written,
+            as_text=as_text,
+            colours=figures.COLOURS,
+        )
+    )
+
+
+def written(spread: Spread | None, what: str) -> str:
+    """Write mean and standard deviation as a table shows them: ``99.1 ± 0.4 %``, ``0.378 ± 0.010``."""
+    if spread is None:
+        return "n/a"
+    if what in ("iou", "iomin"):
+        return f"{spread.mean:.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")
+    text = percent(spread.mean)
+    return text if spread.sd is None else text.replace("\u00a0%", f" ± {100 * spread.sd:.1f}\u00a0%")
+
+
+def _across(rows: Sequence[Row]) -> str | None:
+    """Return the setting to draw against: the first with several numbers, else the first with several values."""
+    swept = {
+        name: values
+        for name in (rows[0].settings if rows else {})
+        if len(values := list({as_text(row.settings.get(name)): row.settings.get(name) for row in rows}.values())) > 1
+    }
+    numeric = [name for name, values in swept.items() if all(map(_is_number, values))]
+    return next(iter((*numeric, *swept)), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _charts(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
+    """Return a figure for each combination of the settings that are not on its axis."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        rest = {name: value for name, value in row.settings.items() if name != setting}
+        groups.setdefault(described(rest), []).append(row)
+    charts = []
+    for index, (name, members) in enumerate(groups.items()):
+        if all(_is_number(row.settings.get(setting)) for row in members):
+            members = sorted(members, key=lambda row: row.settings[setting])
+        prefix, sentence = f"sweep-{index}", _sentence(members, setting)
+        svg = figures.against_setting(members, setting, prefix)
+        if svg is not None:
+            charts.append({"name": name, "sentence": sentence, "figure": Markup(figures.inline(svg, prefix, sentence))})
+    return charts
+
+
+def _sentence(rows: Sequence[Row], setting: str) -> str:
+    """Say what becomes of each measure from the first value of the setting to the last."""
+    first, last = rows[0], rows[-1]
+    if first is last:
+        return f"Only one value of {setting} has finished runs here."
+    parts = []
+    for before in first.measures:
+        after = last.find((before.what, before.of, before.on))
+        if after is not None and before.what != "iomin" and "again" not in before.of:
+            parts.append(f"{before.name} {_with_chance(before)} to {_with_chance(after)}")
+    start, end = as_text(first.settings.get(setting)), as_text(last.settings.get(setting))
+    return f"From {setting} {start} to {end}: {'; '.join(parts)}."
+
+
+def _with_chance(measure: Measure) -> str:
+    text = written(measure.seen, measure.what)
+    return text if measure.chance is None else f"{text} (random masks {written(measure.chance, measure.what)})"

@@ -1,0 +1,283 @@
+"""A sweep: a study run once for every combination of settings, each run in a folder of its own, and one table of all.
+
+A run of a sweep is :func:`sublens.inspect` with the same arguments: the same masks, bit for bit, with as many threads.
+What has become of a sweep is read from its folders alone, so that it can be killed at any moment, and go on.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import joblib
+import torch
+
+from sublens import studies
+from sublens.errors import FileError, SettingError, SublensError
+from sublens.inspection import inspect, progress_of
+from sublens.report import Row, as_csv, as_json, as_text, described, read, sweep_page, tabulate
+from sublens.storage import atomic_write_text
+from sublens.study import Study
+
+# What inspect() takes by itself; then the fields of a Study that a sweep may change. All others are the settings of
+# the study's own function. batch_size is not among the fields: the tasks' batches would not follow it.
+_INSPECT = ("seed", "steps", "samples", "alpha")
+_FIELDS = (
+    "network_steps", "network_lr", "network_clip", "mask_lr", "mask_clip", "penalty", "keep", "biases",
+    "evaluate_every", "random_masks",
+)  # fmt: skip
+_LONGEST = 150  # characters of a folder's name; file systems allow 255 bytes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one run.
+
+    Attributes:
+        settings: the swept settings' values.
+        folder: its run folder.
+        status: ``"done"``, ``"skipped"`` (it was finished before) or ``"failed"``.
+        reason: why it failed, in one line; else empty.
+    """
+
+    settings: dict[str, Any]
+    folder: Path
+    status: Literal["done", "skipped", "failed"]
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its settings as one would type them."""
+        return described(self.settings)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that has come to its end: every run's outcome, and the table of those that are finished."""
+
+    folder: Path
+    outcomes: tuple[Outcome, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def failed(self) -> tuple[Outcome, ...]:
+        """The runs that are not finished."""
+        return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
+
+
+def sweep(
+    study: str | Path,
+    settings: Mapping[str, Sequence[Any]],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    jobs: int = 1,
+    resume: bool = False,
+    network: str | os.PathLike[str] | None = None,
+    report: bool = True,
+    told: Callable[[Outcome, int, int], None] | None = None,
+) -> Sweep:
+    """Run a study with every combination of ``settings``, and write ``sweep.json``, ``.csv`` and ``.html`` over all.
+
+    Every combination is built before the first one runs, so that a setting no study can have stops nothing halfway.
+    A run that fails stops no other.
+
+    Args:
+        study: name of a built-in study, or path of a Python file: other processes must find it too.
+        settings: name -> values. ``seed``, ``steps``, ``samples`` and ``alpha`` are those of :func:`sublens.inspect`,
+            the numbers of a :class:`sublens.Study` go by their names there (``keep``, ``mask_lr``, ...), and all
+            others (``preset``, ``widths``, ...) are settings of the study's own function.
+        out: the sweep's folder, by default ``sweeps/STUDY``. Runs that are finished there are not done again, also if
+            an earlier sweep made them.
+        jobs: processes that run at a time. They share the cores: each has as many threads as PyTorch has here,
+            divided by ``jobs``. One is this process itself.
+        resume: go on with the runs that were begun and failed, or were killed.
+        network: file of weights; no run then trains a network.
+        report: whether each run gets a report of its own.
+        told: called after each run with its outcome, the number of runs that have ended, and that of all.
+
+    Raises:
+        SettingError: a setting is impossible.
+        StudyError: the study does not exist, or refuses a setting.
+        MismatchError: a run's folder holds another run.
+        FileError: a file cannot be read or written.
+    """
+    if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
+        raise SettingError(f"jobs={jobs!r} must be a whole number from 1: the processes that run at a time.")
+    combinations = _combinations(settings)
+    built = [_study(study, combination) for combination in combinations]
+    folder = Path("sweeps") / built[0][0].name if out is None else Path(out)
+    folders = [folder / "runs" / _folder_name(combination) for combination in combinations]
+    progress = [
+        progress_of(made, path, network=network, **arguments)
+        for (made, arguments), path in zip(built, folders, strict=True)
+    ]
+    try:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"Cannot make the sweep's folder {folder}: {error.strerror or error}.") from error
+    outcomes: dict[int, Outcome] = {}
+
+    def end(index: int, status: Literal["done", "skipped", "failed"], reason: str = "") -> None:
+        outcomes[index] = Outcome(combinations[index], folders[index], status, reason)
+        if told is not None:
+            told(outcomes[index], len(outcomes), len(combinations))
+
+    waiting = []
+    for index, state in enumerate(progress):
+        if state == "finished":
+            end(index, "skipped")
+        elif state == "begun" and not resume:
+            end(index, "failed", _earlier(folders[index]))
+        else:
+            waiting.append(index)
+    runs = {index: _Run(study, combinations[index], folders[index], network, report, Path.cwd()) for index in waiting}
+    for index, failure in _ended(runs, jobs):
+        end(index, "done" if failure is None else "failed", failure or "")
+    ordered = tuple(outcomes[index] for index in range(len(combinations)))
+    rows = tabulate((each.settings, read(each.folder)) for each in ordered if each.status != "failed")
+    found = Sweep(folder, ordered, rows)
+    _write(found, built[0][0].name)
+    return found
+
+
+def _combinations(settings: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    for name, values in settings.items():
+        if not values:
+            raise SettingError(f"The setting {name} has no value. Give one or more, with commas between.")
+        twice = [value for index, value in enumerate(values) if value in values[:index]]
+        if twice:
+            raise SettingError(f"The setting {name} has the value {as_text(twice[0])} twice. Leave one out.")
+    return [dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())]
+
+
+def _study(study: str | Path, settings: Mapping[str, Any]) -> tuple[Study, dict[str, Any]]:
+    """Return the study with its settings put in, and the arguments left for ``inspect``."""
+    arguments = {name: value for name, value in settings.items() if name in _INSPECT}
+    fields = {name: value for name, value in settings.items() if name in _FIELDS}
+    own = {name: value for name, value in settings.items() if name not in arguments and name not in fields}
+    return replace(studies.load(study, **own), **fields), arguments
+
+
+def _folder_name(settings: Mapping[str, Any]) -> str:
+    """Return a name that says what the run is, and is one file system's and one shell's word."""
+    text = "_".join(f"{name}={as_text(value)}" for name, value in settings.items()) or "run"
+    safe = re.sub(r"[^A-Za-z0-9._=,+-]", "-", text)[:_LONGEST]
+    # What was lost tells runs apart no longer, nor may a name be "..".
+    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that a process needs to make one run: studies hold functions, which do not travel, so it goes by its name."""
+
+    study: str | Path
+    settings: dict[str, Any]
+    folder: Path
+    network: str | os.PathLike[str] | None
+    report: bool
+    home: Path
+
+    @property
+    def under_way(self) -> bool:
+        return (self.folder / "config.json").exists() and not (self.folder / "result.json").exists()
+
+    def __call__(self, threads: int) -> str | None:
+        """Make the run; return ``None``, or why it failed."""
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            # Processes outlive a call, and paths are relative to where the command was given.
+            with contextlib.chdir(self.home):
+                made, arguments = _study(self.study, self.settings)
+                inspect(
+                    made,
+                    out=self.folder,
+                    resume=True,
+                    network=self.network,
+                    progress=False,
+                    report=self.report,
+                    **arguments,
+                )
+                _error_file(self.folder).unlink(missing_ok=True)
+        except (Exception, SystemExit) as error:
+            return self._failed(error)
+        finally:
+            torch.set_num_threads(before)
+        return None
+
+    def _failed(self, error: BaseException) -> str:
+        said = " ".join(str(error).split())
+        reason = said if isinstance(error, SublensError) else f"{type(error).__name__}: {said}"
+        if self.home.joinpath(self.folder).is_dir():
+            trace = "".join(traceback.format_exception(error))
+            with contextlib.suppress(OSError):  # a full disk: the reason is reported all the same
+                _error_file(self.home / self.folder).write_text(f"{reason}\n\n{trace}", encoding="utf-8")
+        return reason
+
+
+def _error_file(folder: Path) -> Path:
+    return folder / "error.txt"
+
+
+def _earlier(folder: Path) -> str:
+    """Say what became of a run that was begun."""
+    try:
+        reason = _error_file(folder).read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, ValueError, IndexError):
+        return "It was begun and not finished. Resume the sweep (--resume) to go on with it."
+    return f"It failed before: {reason}"
+
+
+def _ended(runs: Mapping[int, _Run], jobs: int) -> Iterator[tuple[int, str | None]]:
+    """Make the runs, ``jobs`` at a time; yield each run's number, and why it failed, as it ends."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    left = dict(runs)
+    while left:
+        try:
+            for index, failure in _parallel(left, jobs, threads):
+                del left[index]
+                yield index, failure
+        except BrokenProcessPool:
+            # One process died without a word (killed for its memory, say), and took the pool along. Which one is not
+            # known: the runs that were under way go on one by one, and the one that is to blame dies alone.
+            for index in [index for index, run in left.items() if run.under_way] or list(left):
+                try:
+                    failures = [failure for _, failure in _parallel({index: left[index]}, 2, threads)]
+                except BrokenProcessPool:
+                    failures = ["Its process died, perhaps for want of memory. Try fewer --jobs, then --resume."]
+                del left[index]
+                yield index, failures[0]
+
+
+def _parallel(runs: Mapping[int, _Run], jobs: int, threads: int) -> Iterator[tuple[int, str | None]]:
+    parallel = joblib.Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")
+    yield from parallel(joblib.delayed(_numbered)(index, run, threads) for index, run in dict(runs).items())
+
+
+def _numbered(index: int, run: _Run, threads: int) -> tuple[int, str | None]:
+    return index, run(threads)
+
+
+def _write(found: Sweep, study: str) -> None:
+    runs = [
+        {
+            "settings": each.settings,
+            "folder": str(each.folder.relative_to(found.folder)),
+            "status": each.status,
+            "reason": each.reason or None,
+        }
+        for each in found.outcomes
+    ]
+    table = {"study": study, "runs": runs, "table": as_json(found.rows)}
+    atomic_write_text(found.folder / "sweep.json", json.dumps(table, indent=1, allow_nan=False) + "\n")
+    atomic_write_text(found.folder / "sweep.csv", as_csv(found.rows))
+    failed = [(each.name, each.reason) for each in found.failed]
+    atomic_write_text(found.folder / "sweep.html", sweep_page(study, found.rows, failed))

@@ -1,0 +1,246 @@
+"""Sweeps: which runs are made, that each is the run it would be alone, what becomes of failures, and the table."""
+
+import csv
+import dataclasses
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+import sublens as sl
+from sublens import cli, studies
+from sublens.report import RunFolder, read, sweep_page, tabulate
+from sublens.report.run_folder import Chance, MaskResult, Overlap, OverlapValues
+from sublens.sweeping import sweep
+
+STUDY = """
+import os
+from pathlib import Path
+import torch
+from torch import nn
+import sublens as sl
+
+def study(preset="small", *, width=4):
+    def task(name, columns):
+        def batches(step, seed):
+            x = torch.rand(16, 3, generator=torch.Generator().manual_seed(seed + step))
+            return x, x[:, :2]
+        def loss(net, batch):
+            if width == 5 and Path("broken").exists():
+                raise ArithmeticError("five is\\nright out")
+            if width == 5 and Path("deadly").exists():
+                os._exit(7)
+            return (net(batch[0]) - batch[1])[:, columns].square().mean()
+        def metric(net):
+            return 1 / (1 + float(loss(net, batches(0, 1))))
+        return sl.Task(name=name, batches=batches, loss=loss, metric=metric)
+
+    return sl.Study(name="tiny", network=lambda seed: nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2)),
+                    tasks=[task("left", [0]), task("right", [1])], control=task("all", [0, 1]), batch_size=16,
+                    network_steps=10, mask_steps=10, mask_lr=0.5, keep=0.6, random_masks=1, preset=preset)
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("study.py").write_text(STUDY, encoding="utf-8")
+    return "study.py"
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+    torch.set_num_threads(before)
+
+
+def masks(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder, "masks").iterdir())}
+
+
+def test_every_combination_is_a_run_of_its_own_and_the_table_is_over_the_seeds(study):
+    assert not sweep(study, {"alpha": [1e-3, 2.0], "seed": [0, 1]}, out="all", report=False).failed
+    found = [json.loads(path.read_text()) for path in Path("all/runs").glob("*/result.json")]
+    assert sorted((run["settings"]["alpha"], run["seed"]) for run in found) == [
+        (alpha, seed) for alpha in (0.001, 2.0) for seed in range(2)
+    ]
+    with open("all/sweep.csv", newline="") as file:
+        lines = {(row["alpha"], row["measure"], row["of"]): row for row in csv.DictReader(file)}
+    kept = {run["seed"]: run["masks"]["left"]["kept"] for run in found if run["settings"]["alpha"] == 2}
+    line = lines["2.0", "kept", "left"]
+    assert float(line["mean"]) == pytest.approx(statistics.fmean(kept.values()))
+    assert float(line["sd"]) == pytest.approx(statistics.stdev(kept.values()))
+    assert line["n"] == "2"
+    chances = [run["overlap"]["chance"]["iou"]["mean"] for run in found if run["settings"]["alpha"] == 2]
+    assert float(lines["2.0", "iou", "left and right"]["chance_mean"]) == pytest.approx(statistics.fmean(chances))
+    table = json.loads(Path("all/sweep.json").read_text())["table"]
+    assert [(row["settings"], row["seeds"]) for row in table] == [
+        ({"alpha": 0.001}, [0, 1]),
+        ({"alpha": 2.0}, [0, 1]),
+    ]
+    (measure,) = (m for m in table[1]["measures"] if (m["measure"], m["of"]) == ("kept", "left"))
+    assert measure["values"] == [kept[0], kept[1]]
+    page = Path("all/sweep.html").read_text(encoding="utf-8")
+    assert "Against alpha" in page
+    assert "<svg" in page
+
+
+def test_processes_make_the_masks_that_a_run_has_alone_and_one_that_dies_takes_no_other_along(study):
+    Path("deadly").touch()
+    settings = {"width": [5, 4], "keep": [0.7], "seed": [1]}
+    torch.set_num_threads(2)
+    try:
+        found = sweep(study, settings, out="all", jobs=2, report=False)
+    finally:
+        torch.set_num_threads(1)
+    assert [outcome.status for outcome in found.outcomes] == ["failed", "done"]
+    assert "process died" in found.failed[0].reason
+    Path("deadly").unlink()
+    assert not sweep(study, settings, out="all", resume=True, report=False).failed
+    for width in (4, 5):
+        chosen = dataclasses.replace(studies.load(study, width=width), keep=0.7)
+        alone = sl.inspect(chosen, out=f"alone{width}", seed=1, progress=False, report=False)
+        folder = Path(f"all/runs/width={width}_keep=0.7_seed=1")
+        # Two threads were shared by two processes.
+        assert json.loads((folder / "result.json").read_text())["versions"] == alone["versions"] | {"threads": "1"}
+        assert (folder / "config.json").read_text() == Path(f"alone{width}/config.json").read_text()
+        assert masks(folder) == masks(f"alone{width}")
+
+
+def test_a_failing_run_stops_no_other_and_is_made_again_only_with_resume(study, capsys):
+    Path("broken").touch()
+    command = ["sweep", study, "--set", "width=5,4", "--seeds", "2,", "--out", "all"]
+    assert cli.run(command) == 1
+    out, err = capsys.readouterr()
+    assert re.search(r"^width 4 +1$", out, re.MULTILINE)
+    assert "2 of 2: width 4, seed 2: done" in err
+    assert "1 of 2 runs are not finished:\n  width 5, seed 2: ArithmeticError: five is right out\n" in err
+    assert "--resume" in err
+    assert "in loss" in Path("all/runs/width=5_seed=2/error.txt").read_text()
+    runs = json.loads(Path("all/sweep.json").read_text())["runs"]
+    assert [(run["settings"]["width"], run["status"], run["reason"]) for run in runs] == [
+        (5, "failed", "ArithmeticError: five is right out"),
+        (4, "done", None),
+    ]
+    assert "five is right out" in Path("all/sweep.html").read_text(encoding="utf-8")
+
+    Path("broken").unlink()
+    good = Path("all/runs/width=4_seed=2/result.json")
+    good.write_text(good.read_text() + "\n")  # would be gone if the run were made again
+    assert cli.run(command) == 1
+    _, err = capsys.readouterr()
+    assert "width 4, seed 2: finished before" in err
+    assert "It failed before: ArithmeticError: five is right out" in err
+    assert not Path("all/runs/width=5_seed=2/result.json").exists()
+
+    assert cli.run([*command, "--resume"]) == 0
+    assert good.read_text().endswith("\n\n")
+    assert not Path("all/runs/width=5_seed=2/error.txt").exists()
+    (row, _) = json.loads(Path("all/sweep.json").read_text())["table"]
+    assert (row["settings"], row["seeds"]) == ({"width": 5}, [2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nope"], "nope"),
+        (["study.py", "--seeds", "0"], "--seeds 0"),
+        (["study.py", "--seeds", "123456789"], "how many seeds"),
+        (["study.py", "--seeds", "-1,2"], "seed=-1"),
+        (["study.py", "--seeds", "few"], "few"),
+        (["study.py", "--alpha", "1e-3,much"], "much"),
+        (["study.py", "--alpha", "1e-3,1e-3"], "0.001 twice"),
+        (["study.py", "--alpha", "1,-1"], "alpha=-1"),
+        (["study.py", "--steps", "1.5"], "1.5"),
+        (["study.py", "--samples", "2,0"], "samples=0"),
+        (["study.py", "--preset", "small", "--widths", "3"], "widths"),
+        (["study.py", "--set", "widht=3"], "Did you mean 'width'"),
+        (["study.py", "--set", "width"], "NAME=VALUE"),
+        (["study.py", "--set", "seed=3"], "--seeds"),
+        (["study.py", "--set", "biases=maybe"], "biases='maybe'"),
+        (["study.py", "--set", "keep=0.5,1.5"], "keep=1.5"),
+        (["study.py", "--jobs", "0"], "jobs=0"),
+        (["study.py", "--network", "missing.pt"], "missing.pt"),
+        (["study.py", "--out", "study.py"], "study.py"),
+    ],
+)
+def test_a_bad_setting_is_one_line_before_anything_runs(study, capsys, arguments, said):
+    assert cli.run(["sweep", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert sorted(path.name for path in Path().iterdir()) == ["study.py"]
+
+
+def test_an_edited_study_is_not_taken_for_the_finished_one(study, capsys):
+    assert cli.run(["sweep", study]) == 0
+    Path(study).write_text(STUDY + "\n", encoding="utf-8")
+    assert cli.run(["sweep", study]) == 2
+    assert "file_sha256" in capsys.readouterr().err
+
+
+def test_names_that_no_folder_can_have_stay_apart(study):
+    found = sweep(study, {"preset": ["a/b", "a:b"], "seed": [0]}, out="all", report=False)
+    assert not found.failed
+    assert len(list(Path("all/runs").glob("*/result.json"))) == 2
+
+
+def run_with(seed, accuracy, iou, **changes):
+    band = Chance(0.25, 0.2, 0.3)
+    values = OverlapValues({"iou": iou}, {"iou": band}, 10)
+    values_of = {"first": {"t": accuracy, "u": 0.5}, "control": {"t": 0.75, "u": 0.5}}
+    return RunFolder(
+        study="s", seed=seed, settings={}, versions={}, seconds={}, network={"t": 1.0, "u": 1.0},
+        masks={
+            name: MaskResult(of, {}, {}, {}, {"t": Chance(0.125, 0.1, 0.2)}, 0.5, {})
+            for name, of in (("t", values_of["first"]), ("all", values_of["control"]))
+        },
+        overlaps=(Overlap("t", "u", values, {}),), repeats={}, confusion={}, history={}, **changes,
+    )  # fmt: skip
+
+
+def test_the_table_by_hand():
+    runs = [
+        ({"size": 1, "seed": 0}, run_with(0, 0.5, 0.25)),
+        ({"size": 2, "seed": 0}, run_with(0, 0.25, 0.5)),
+        ({"size": 1, "seed": 1}, run_with(1, 1.0, float("nan"))),
+    ]
+    one, two = tabulate(runs)
+    assert (one.settings, one.seeds, two.settings, two.seeds) == ({"size": 1}, (0, 1), {"size": 2}, (0,))
+    own = one.find(("accuracy", "t", "t"))
+    assert (own.seen.n, own.seen.mean, own.seen.low, own.seen.high) == (2, 0.75, 0.5, 1.0)
+    assert own.seen.sd == pytest.approx(0.125**0.5)
+    assert own.chance.mean == 0.125
+    assert one.find(("accuracy", "t", "u")) is None  # not its own task
+    assert one.find(("accuracy", "all", "u")).seen.mean == 0.5  # a control has none
+    assert one.find(("iou", "t and u", "")).values == (0.25,)
+    assert two.find(("iou", "t and u", "")).seen.sd is None
+    assert two.find(("iou", "t and u", "")).chance.mean == 0.25
+
+
+def test_the_page_needs_nothing_else_and_believes_no_name():
+    evil = "<script>alert(1)</script>"
+    rows = tabulate(
+        ({"alpha": alpha, "mode": mode, "seed": 0}, run_with(0, 0.5, 0.5))
+        for alpha in (0, 1e-5, 1e-3)
+        for mode in (evil, "other")
+    )
+    page = sweep_page(evil, rows, [(evil, evil)])
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert "https://" not in page
+    assert page.count("<svg") == 2  # one for each mode
+    assert "From alpha 0 to 0.001" in page
+    assert "No run has finished" in sweep_page("s", ())
+
+
+def test_a_finished_run_of_a_sweep_reads_as_any_other(study):
+    sweep(study, {"seed": [4]}, out="all", report=False)
+    assert read(Path("all/runs/seed=4")).seed == 4
