@@ -249,6 +249,10 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> str | Non
             panels.append((keys, label, factor))
     if not panels:
         return None
+    # A mask looks the same in every panel; what only one panel has comes after the masks.
+    masks = [m.of for row in rows for m in row.measures if m.what == "kept"]
+    series = [_series_of(key) for keys, _, _ in panels for key in keys]
+    looks = {name: look for look, name in enumerate(dict.fromkeys((*masks, *series)))}
     with _figure(_WIDTH, 2.1 * len(panels) + 0.4) as figure:
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (keys, label, factor) in zip(grid, panels, strict=True):
@@ -256,15 +260,17 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> str | Non
             step = (max(places) - min(places) or 1) * 0.012
             chance_named = False
             for index, key in enumerate(keys):
+                look = looks[_series_of(key)]
                 found = [(place, row.find(key)) for place, row in zip(places, rows, strict=True)]
                 taken = [(place + (index - (len(keys) - 1) / 2) * step, m) for place, m in found if m is not None]
                 by_chance = [(place, m.chance) for place, m in taken if m.chance is not None]
                 if by_chance:
-                    _spreads(axes, by_chance, factor, index, COLOURS["quiet"], hollow=True,
+                    _spreads(axes, by_chance, factor, look, COLOURS["quiet"], hollow=True,
                              label=None if chance_named else "random masks")  # fmt: skip
                     chance_named = True
-                title = taken[0][1].of + (f" on {key[2]}" if key[2] not in ("", key[1]) else "")
-                _spreads(axes, [(place, m.seen) for place, m in taken], factor, index, _colour(index), label=title)
+                _spreads(
+                    axes, [(place, m.seen) for place, m in taken], factor, look, _colour(look), label=_series_of(key)
+                )
             axes.set_ylabel(label)
             axes.set_ylim(0, None if keys[0][0] == "kept" else 1.04 * factor)
             axes.grid(axis="y")
@@ -274,6 +280,11 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> str | Non
         grid[-1].set_xticks(places[::every], labels[::every])
         grid[-1].set_xlabel(setting)
         return _svg(figure, name)
+
+
+def _series_of(key: tuple[str, str, str]) -> str:
+    _, of, on = key
+    return f"{of} on {on}" if on and on != of else of
 
 
 def _spreads(

@@ -88,12 +88,17 @@ def _sentence(rows: Sequence[Row], setting: str) -> str:
     parts = []
     for before in first.measures:
         after = last.find((before.what, before.of, before.on))
-        if after is not None and before.what != "iomin" and "again" not in before.of:
+        told = before.what in ("kept", "iou") or before.on == before.of
+        if after is not None and told:
             parts.append(f"{before.name} {_with_chance(before)} to {_with_chance(after)}")
     start, end = as_text(first.settings.get(setting)), as_text(last.settings.get(setting))
     return f"From {setting} {start} to {end}: {'; '.join(parts)}."
 
 
 def _with_chance(measure: Measure) -> str:
-    text = written(measure.seen, measure.what)
-    return text if measure.chance is None else f"{text} (random masks {written(measure.chance, measure.what)})"
+    text = _number(measure.seen, measure.what)
+    return text if measure.chance is None else f"{text} (random masks {_number(measure.chance, measure.what)})"
+
+
+def _number(spread: Spread, what: str) -> str:
+    return f"{spread.mean:.3f}" if what in ("iou", "iomin") else percent(spread.mean)
