@@ -64,8 +64,8 @@ def test_commands_and_options_are_these():
         "studies": [],
         "show": ["run"],
         "sweep": [
-            "--alpha", "--jobs", "--network", "--out", "--preset", "--resume", "--samples", "--seeds", "--set",
-            "--steps", "--widths", "study",
+            "--alpha", "--engine", "--jobs", "--network", "--out", "--preset", "--resume", "--samples", "--seeds",
+            "--set", "--steps", "--widths", "study",
         ],
     }  # fmt: skip
 

@@ -31,6 +31,9 @@ def study(preset="small", *, width=4):
         def loss(net, batch):
             if width == 5 and Path("broken").exists():
                 raise ArithmeticError("five is\\nright out")
+            if Path("once").exists():
+                Path("once").unlink()
+                os._exit(7)
             if width == 5 and Path("deadly").exists():
                 os._exit(7)
             return (net(batch[0]) - batch[1])[:, columns].square().mean()
@@ -49,14 +52,6 @@ def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("study.py").write_text(STUDY, encoding="utf-8")
     return "study.py"
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    assert torch.get_num_threads() == before
-    torch.set_num_threads(before)
 
 
 def masks(folder):
@@ -112,6 +107,22 @@ def test_processes_make_the_masks_that_a_run_has_alone_and_one_that_dies_takes_n
         assert masks(folder) == masks(f"alone{width}")
 
 
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_on_ray_a_worker_that_is_killed_takes_no_run_along(study):
+    ray = pytest.importorskip("ray")
+    Path("once").touch()
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+        found = sweep(study, {"width": [5, 4], "seed": [0]}, out="all", jobs=2, engine="ray", report=False)
+    finally:
+        ray.shutdown()
+    assert not found.failed
+    assert not Path("once").exists()
+    for width in (4, 5):
+        sl.inspect(studies.load(study, width=width), out=f"alone{width}", progress=False, report=False)
+        assert masks(f"all/runs/width={width}_seed=0") == masks(f"alone{width}")
+
+
 def test_a_failing_run_stops_no_other_and_is_made_again_only_with_resume(study, capsys):
     Path("broken").touch()
     command = ["sweep", study, "--set", "width=5,4", "--seeds", "2,", "--out", "all"]
@@ -165,6 +176,7 @@ def test_a_failing_run_stops_no_other_and_is_made_again_only_with_resume(study, 
         (["study.py", "--set", "biases=maybe"], "biases='maybe'"),
         (["study.py", "--set", "keep=0.5,1.5"], "keep=1.5"),
         (["study.py", "--jobs", "0"], "jobs=0"),
+        (["study.py", "--engine", "rya"], "rya"),
         (["study.py", "--network", "missing.pt"], "missing.pt"),
         (["study.py", "--out", "study.py"], "study.py"),
     ],

@@ -143,6 +143,9 @@ def _sweep(
         Path | None, typer.Option(help="The sweep's folder. By default sweeps/STUDY.", show_default=False)
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes at a time. They share the cores.")] = 1,
+    engine: Annotated[
+        str | None, typer.Option(help="ray: the processes of a Ray cluster.", show_default="this machine's")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the runs that failed, or were interrupted.")
     ] = False,
@@ -170,7 +173,7 @@ def _sweep(
     from sublens.sweeping import sweep
 
     try:
-        found = sweep(study, swept, out=out, jobs=jobs, resume=resume, network=network, told=_tell)
+        found = sweep(study, swept, out=out, jobs=jobs, engine=engine, resume=resume, network=network, told=_tell)
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command with --resume goes on with the sweep.", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -79,6 +79,7 @@ def sweep(
     *,
     out: str | os.PathLike[str] | None = None,
     jobs: int = 1,
+    engine: str | None = None,
     resume: bool = False,
     network: str | os.PathLike[str] | None = None,
     report: bool = True,
@@ -98,6 +99,8 @@ def sweep(
             an earlier sweep made them.
         jobs: processes that run at a time. They share the cores: each has as many threads as PyTorch has here,
             divided by ``jobs``. One is this process itself.
+        engine: ``"ray"`` for the processes of a Ray cluster (the one that ``RAY_ADDRESS`` names, or a local one), each
+            with one thread; ``None`` for processes of this machine. A cluster's machines must see the same files.
         resume: go on with the runs that were begun and failed, or were killed.
         network: file of weights; no run then trains a network.
         report: whether each run gets a report of its own.
@@ -119,10 +122,6 @@ def sweep(
         progress_of(made, path, network=network, **arguments)
         for (made, arguments), path in zip(built, folders, strict=True)
     ]
-    try:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"Cannot make the sweep's folder {folder}: {error.strerror or error}.") from error
     outcomes: dict[int, Outcome] = {}
 
     def end(index: int, status: Literal["done", "skipped", "failed"], reason: str = "") -> None:
@@ -130,17 +129,24 @@ def sweep(
         if told is not None:
             told(outcomes[index], len(outcomes), len(combinations))
 
-    waiting = []
-    for index, state in enumerate(progress):
-        if state == "finished":
-            end(index, "skipped")
-        elif state == "begun" and not resume:
-            end(index, "failed", _earlier(folders[index]))
-        else:
-            waiting.append(index)
-    runs = {index: _Run(study, combinations[index], folders[index], network, report, Path.cwd()) for index in waiting}
-    for index, failure in _ended(runs, jobs):
-        end(index, "done" if failure is None else "failed", failure or "")
+    with _engine(engine, jobs) as workers:
+        try:
+            (folder / "runs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"Cannot make the sweep's folder {folder}: {error.strerror or error}.") from error
+        waiting = []
+        for index, state in enumerate(progress):
+            if state == "finished":
+                end(index, "skipped")
+            elif state == "begun" and not resume:
+                end(index, "failed", _earlier(folders[index]))
+            else:
+                waiting.append(index)
+        runs = {
+            index: _Run(study, combinations[index], folders[index], network, report, Path.cwd()) for index in waiting
+        }
+        for index, failure in _ended(runs, workers):
+            end(index, "done" if failure is None else "failed", failure or "")
     ordered = tuple(outcomes[index] for index in range(len(combinations)))
     rows = tabulate((each.settings, read(each.folder)) for each in ordered if each.status != "failed")
     found = Sweep(folder, ordered, rows)
@@ -191,7 +197,6 @@ class _Run:
 
     def __call__(self, threads: int) -> str | None:
         """Make the run; return ``None``, or why it failed."""
-        before = torch.get_num_threads()
         try:
             torch.set_num_threads(threads)
             # Processes outlive a call, and paths are relative to where the command was given.
@@ -209,8 +214,6 @@ class _Run:
                 _error_file(self.folder).unlink(missing_ok=True)
         except (Exception, SystemExit) as error:
             return self._failed(error)
-        finally:
-            torch.set_num_threads(before)
         return None
 
     def _failed(self, error: BaseException) -> str:
@@ -236,30 +239,67 @@ def _earlier(folder: Path) -> str:
     return f"It failed before: {reason}"
 
 
-def _ended(runs: Mapping[int, _Run], jobs: int) -> Iterator[tuple[int, str | None]]:
-    """Make the runs, ``jobs`` at a time; yield each run's number, and why it failed, as it ends."""
-    threads = max(1, torch.get_num_threads() // jobs)
+@dataclass(frozen=True)
+class _Workers:
+    """How runs are made: how many at a time, each with how many threads, and what says that a process died."""
+
+    jobs: int
+    threads: int
+    died: type[BaseException]
+    streams: bool  # whether results can be had one by one
+
+    def make(self, runs: Mapping[int, _Run], jobs: int) -> Iterator[tuple[int, str | None]]:
+        """Make the runs; yield each one's number, and why it failed."""
+        parallel = joblib.Parallel(
+            n_jobs=jobs, batch_size=1, return_as="generator_unordered" if self.streams else "list"
+        )
+        calls = [joblib.delayed(_numbered)(index, run, self.threads) for index, run in runs.items()]
+        yield from parallel(calls)
+
+
+@contextlib.contextmanager
+def _engine(name: str | None, jobs: int) -> Iterator[_Workers]:
+    if name is None:
+        yield _Workers(jobs, max(1, torch.get_num_threads() // jobs), BrokenProcessPool, streams=True)
+        return
+    if name != "ray":
+        raise SettingError(f"engine={name!r} is unknown. The only engine beside this machine's processes is ray.")
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        raise SettingError(
+            "The engine ray is not installed. Install it: python -m pip install 'sublens[ray]'."
+        ) from error
+    if not ray.is_initialized():
+        ray.init(logging_level="error", log_to_driver=False)
+    processors = int(ray.cluster_resources().get("CPU", 0))
+    if jobs > processors:
+        raise SettingError(f"jobs={jobs} is more than the {processors} processors of the Ray cluster. Give fewer.")
+    register_ray()
+    with joblib.parallel_config(backend="ray"):
+        yield _Workers(jobs, 1, ray.exceptions.RayError, streams=False)
+
+
+def _ended(runs: Mapping[int, _Run], workers: _Workers) -> Iterator[tuple[int, str | None]]:
+    """Make all runs; yield each one's number, and why it failed, as it ends."""
     left = dict(runs)
     while left:
         try:
-            for index, failure in _parallel(left, jobs, threads):
+            for index, failure in workers.make(dict(left), workers.jobs):
                 del left[index]
                 yield index, failure
-        except BrokenProcessPool:
-            # One process died without a word (killed for its memory, say), and took the pool along. Which one is not
+        except workers.died:
+            # One process died without a word (killed for its memory, say), and took the others along. Which one is not
             # known: the runs that were under way go on one by one, and the one that is to blame dies alone.
             for index in [index for index, run in left.items() if run.under_way] or list(left):
                 try:
-                    failures = [failure for _, failure in _parallel({index: left[index]}, 2, threads)]
-                except BrokenProcessPool:
-                    failures = ["Its process died, perhaps for want of memory. Try fewer --jobs, then --resume."]
+                    # Two, since joblib makes the runs of a single one in this process.
+                    ((_, failure),) = workers.make({index: left[index]}, 2)
+                except workers.died:
+                    failure = "Its process died, perhaps for want of memory. Try fewer --jobs, then --resume."
                 del left[index]
-                yield index, failures[0]
-
-
-def _parallel(runs: Mapping[int, _Run], jobs: int, threads: int) -> Iterator[tuple[int, str | None]]:
-    parallel = joblib.Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")
-    yield from parallel(joblib.delayed(_numbered)(index, run, threads) for index, run in dict(runs).items())
+                yield index, failure
 
 
 def _numbered(index: int, run: _Run, threads: int) -> tuple[int, str | None]:
