@@ -57,6 +57,7 @@ def test_commands_and_options_are_these():
         for name, command in typer.main.get_command(cli.app).commands.items()
     }
     assert surface == {
+        "compare": ["--out", "runs"],
         "inspect": [
             "--alpha", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--steps", "--widths",
             "study",

@@ -256,3 +256,30 @@ def test_the_page_needs_nothing_else_and_believes_no_name():
 def test_a_finished_run_of_a_sweep_reads_as_any_other(study):
     sweep(study, {"seed": [4]}, out="all", report=False)
     assert read(Path("all/runs/seed=4")).seed == 4
+
+
+def test_runs_are_compared_by_what_sets_them_apart(study, capsys):
+    Path("runs").mkdir()
+    for name, width, seed in (("a", 4, 0), ("b", 4, 1), ("c", 6, 1)):
+        chosen = dataclasses.replace(studies.load(study, width=width), settings={"width": width})
+        sl.inspect(chosen, out=f"runs/{name}", seed=seed, progress=False, report=False)
+    capsys.readouterr()
+    assert cli.run(["compare", "runs/a", "runs/b", "runs/c", "--out", "both"]) == 0
+    assert re.search(r"^width 4 +2$", capsys.readouterr().out, re.MULTILINE)
+    table = json.loads(Path("both/comparison.json").read_text())["table"]
+    assert [(row["settings"], row["seeds"]) for row in table] == [({"width": 4}, [0, 1]), ({"width": 6}, [1])]
+    assert "Against width" in Path("both/comparison.html").read_text(encoding="utf-8")
+    assert Path("both/comparison.csv").read_text().startswith("width,measure,")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["."], "two or more"), ([".", "../{here}"], "twice"), ([".", "nowhere"], "result.json"), ([], "RUN")],
+)
+def test_what_cannot_be_compared_is_one_line(study, capsys, arguments, said):
+    here = Path().resolve().name
+    assert cli.run(["compare", *(argument.format(here=here) for argument in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert said in err
+    assert not Path("comparison").exists()

@@ -177,9 +177,7 @@ def _sweep(
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command with --resume goes on with the sweep.", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    _show_rows(found.rows)
-    for file in ("sweep.json", "sweep.csv", "sweep.html"):
-        typer.echo(f"{file.partition('.')[2]:>5}: {found.folder / file}")
+    _show_rows(found.rows, found.folder, "sweep")
     if not found.failed:
         return 0
     typer.echo(f"\n{len(found.failed)} of {len(found.outcomes)} runs are not finished:", err=True)
@@ -194,7 +192,7 @@ def _tell(outcome: "Outcome", ended: int, total: int) -> None:
     typer.echo(f"{ended} of {total}: {outcome.name}: {status}", err=True)
 
 
-def _show_rows(rows: "Iterable[Row]") -> None:
+def _show_rows(rows: "Iterable[Row]", folder: Path, files: str) -> None:
     from sublens.report import written
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -209,6 +207,19 @@ def _show_rows(rows: "Iterable[Row]") -> None:
     console = _console()
     console.print(table)
     console.print()
+    for kind in ("json", "csv", "html"):
+        console.print(f"{kind:>5}: {folder / f'{files}.{kind}'}", soft_wrap=True)
+
+
+@app.command("compare")
+def _compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the table and the page into.")] = Path("comparison"),
+) -> None:
+    """Put several finished runs in one table and one page, by the settings in which they differ."""
+    from sublens.report import compare
+
+    _show_rows(compare(runs, out), out, "comparison")
 
 
 @app.command("studies")

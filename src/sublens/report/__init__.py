@@ -1,5 +1,6 @@
 """The report: figures and HTML pages, made from run folders' files alone. It needs neither torch nor the study."""
 
+from sublens.report.comparing import compare
 from sublens.report.page import write_report
 from sublens.report.run_folder import RunFolder, read
 from sublens.report.sweep_page import sweep_page, written
@@ -11,6 +12,7 @@ __all__ = [
     "as_csv",
     "as_json",
     "as_text",
+    "compare",
     "described",
     "read",
     "sweep_page",

@@ -1,0 +1,63 @@
+"""Several finished runs side by side, whatever they are: a table of what they found, by what sets them apart."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sublens.errors import FileError, SettingError
+from sublens.report.run_folder import RunFolder, read
+from sublens.report.sweep_page import sweep_page
+from sublens.report.sweep_table import SEED, Row, as_csv, as_json, tabulate
+
+
+def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
+    """Write ``comparison.json``, ``.csv`` and ``.html`` over finished runs; return the table.
+
+    Runs that differ in nothing but their seeds are put together, as in a sweep.
+
+    Args:
+        folders: the run folders.
+        out: folder to write into; it is made if it does not exist.
+
+    Raises:
+        SettingError: fewer than two runs, or one of them twice.
+        FileError: a run cannot be read, or the comparison not written.
+    """
+    places = [folder.resolve() for folder in folders]
+    twice = [folder for index, folder in enumerate(folders) if places[index] in places[:index]]
+    if len(folders) < 2 or twice:
+        what = f"{twice[0]} is given twice" if twice else f"{len(folders)} is given"
+        raise SettingError(f"A comparison needs two or more different runs; {what}.")
+    runs = [read(folder) for folder in folders]
+    rows = tabulate(zip(apart(runs), runs, strict=True))
+    title = ", ".join(dict.fromkeys(run.study for run in runs))
+    table = {"runs": [str(folder) for folder in folders], "table": as_json(rows)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "comparison.json").write_text(json.dumps(table, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (out / "comparison.csv").write_text(as_csv(rows), encoding="utf-8")
+        (out / "comparison.html").write_text(sweep_page(title, rows), encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"The comparison cannot be written to {out}: {error.strerror}.") from error
+    except ValueError as error:  # JSON has no NaN, which sublens never writes
+        raise FileError(f"A setting of a run is not a finite number; its result.json is damaged ({error}).") from error
+    return rows
+
+
+def apart(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """Return of each run the settings in which not all runs agree, and its seed."""
+    flat = [{"study": run.study, **_flat(run.settings)} for run in runs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    differing = [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
+    return [
+        {name: settings.get(name) for name in differing} | {SEED: run.seed}
+        for settings, run in zip(flat, runs, strict=True)
+    ]
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Put the study's own settings (``settings.study``) among the others, which come first where names are the same."""
+    own = settings.get("study")
+    rest = {name: value for name, value in settings.items() if name != "study"}
+    return {**({str(name): value for name, value in own.items()} if isinstance(own, dict) else {}), **rest}
