@@ -8,7 +8,7 @@ from typing import Any
 from sublens.errors import FileError, SettingError
 from sublens.report.run_folder import RunFolder, read
 from sublens.report.sweep_page import sweep_page
-from sublens.report.sweep_table import SEED, Row, as_csv, as_json, tabulate
+from sublens.report.sweep_table import Row, as_csv, as_json, tabulate
 
 
 def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
@@ -46,14 +46,11 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
 
 
 def apart(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """Return of each run the settings in which not all runs agree, and its seed."""
+    """Return of each run the settings in which not all runs agree. The seed is not one of them."""
     flat = [{"study": run.study, **_flat(run.settings)} for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     differing = [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
-    return [
-        {name: settings.get(name) for name in differing} | {SEED: run.seed}
-        for settings, run in zip(flat, runs, strict=True)
-    ]
+    return [{name: settings.get(name) for name in differing} for settings in flat]
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

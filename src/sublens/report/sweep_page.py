@@ -48,13 +48,18 @@ def written(spread: Spread | None, what: str) -> str:
     return text if spread.sd is None else text.replace("\u00a0%", f" ± {100 * spread.sd:.1f}\u00a0%")
 
 
+def _swept(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Return the settings that have several values, with these."""
+    values = {
+        name: list({as_text(row.settings.get(name)): row.settings.get(name) for row in rows}.values())
+        for name in (rows[0].settings if rows else {})
+    }
+    return {name: found for name, found in values.items() if len(found) > 1}
+
+
 def _across(rows: Sequence[Row]) -> str | None:
     """Return the setting to draw against: the first with several numbers, else the first with several values."""
-    swept = {
-        name: values
-        for name in (rows[0].settings if rows else {})
-        if len(values := list({as_text(row.settings.get(name)): row.settings.get(name) for row in rows}.values())) > 1
-    }
+    swept = _swept(rows)
     numeric = [name for name, values in swept.items() if all(map(_is_number, values))]
     return next(iter((*numeric, *swept)), None)
 
@@ -65,9 +70,10 @@ def _is_number(value: Any) -> bool:
 
 def _charts(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
     """Return a figure for each combination of the settings that are not on its axis."""
+    others = _swept(rows).keys() - {setting}
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        rest = {name: value for name, value in row.settings.items() if name != setting}
+        rest = {name: value for name, value in row.settings.items() if name in others}
         groups.setdefault(described(rest), []).append(row)
     charts = []
     for index, (name, members) in enumerate(groups.items()):
