@@ -24,7 +24,7 @@ from sublens.errors import (
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
     from sublens.fit import Run, Settled, fit
-    from sublens.gates import Gate, GumbelSigmoid
+    from sublens.gates import Gate, GumbelSigmoid, HardConcrete
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
     from sublens.masked_network import MaskedNetwork
@@ -41,6 +41,7 @@ __all__ = [
     "Finding",
     "Gate",
     "GumbelSigmoid",
+    "HardConcrete",
     "Mask",
     "MaskedNetwork",
     "MismatchError",
@@ -65,6 +66,7 @@ _ROOM_OF = {
     "Finding": "diagnosis",
     "Gate": "gates",
     "GumbelSigmoid": "gates",
+    "HardConcrete": "gates",
     "Mask": "mask",
     "MaskedNetwork": "masked_network",
     "Run": "fit",

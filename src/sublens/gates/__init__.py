@@ -1,6 +1,7 @@
 """What gates mean: one estimator a file over one small base."""
 
-from sublens.gates.base import Gate
+from sublens.gates.base import Gate, Penalty
 from sublens.gates.gumbel_sigmoid import GumbelSigmoid
+from sublens.gates.hard_concrete import HardConcrete
 
-__all__ = ["Gate", "GumbelSigmoid"]
+__all__ = ["Gate", "GumbelSigmoid", "HardConcrete", "Penalty"]
