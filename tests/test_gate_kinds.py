@@ -41,8 +41,14 @@ def hard_concrete(logits: Tensor, u: Tensor, step: int) -> Tensor:
     return torch.clamp(s * 1.2 - 0.1, 0, 1)
 
 
+def bernoulli(logits: Tensor, u: Tensor, step: int) -> Tensor:
+    p = torch.sigmoid(logits)
+    return straight_through(u > 1 - p, p)
+
+
 GATES: dict[str, tuple[sl.Gate, Oracle]] = {
     "GumbelSigmoid": (sl.GumbelSigmoid(), gumbel_sigmoid),
+    "Bernoulli": (sl.Bernoulli(), bernoulli),
     "HardConcrete": (sl.HardConcrete(), hard_concrete),
 }
 ALL = pytest.mark.parametrize("name", GATES)
@@ -200,6 +206,20 @@ def test_mask_of_hard_concrete_is_its_test_time_gate_rounded() -> None:
 def test_an_impossible_hard_concrete_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(SettingError, match=r"must be .*the paper uses"):
         sl.HardConcrete(**values)
+
+
+# --- Bernoulli
+
+
+def test_bernoulli_is_open_with_its_probability_and_its_gradient_has_no_noise() -> None:
+    logits, ones = torch.full((COUNT,), -1.3), torch.ones(COUNT)
+    p = 1 / (1 + math.exp(1.3))
+    draws = [Draw(1, step, 0, 0) for step in range(2)]
+    frequency = float(sl.Bernoulli().masked(ones, logits, draws[0]).double().mean())
+    assert abs(frequency - p) < 5 * math.sqrt(p * (1 - p) / COUNT) + 2.0**-17
+    first, second = (sl.Bernoulli().logit_gradient(ones, ones, logits, draw) for draw in draws)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, torch.full((COUNT,), p * (1 - p)))
 
 
 # --- a gate of one's own

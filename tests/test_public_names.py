@@ -9,8 +9,8 @@ import pytest
 import sublens
 
 NAMES = {
-    "BatchError", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate", "GumbelSigmoid", "HardConcrete",
-    "Mask",
+    "BatchError", "Bernoulli", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate", "GumbelSigmoid",
+    "HardConcrete", "Mask",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
     "StudyError", "SublensError", "Task", "diagnose", "fingerprint", "fit", "inspect", "select",
 }  # fmt: skip

@@ -24,7 +24,7 @@ from sublens.errors import (
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
     from sublens.fit import Run, Settled, fit
-    from sublens.gates import Gate, GumbelSigmoid, HardConcrete
+    from sublens.gates import Bernoulli, Gate, GumbelSigmoid, HardConcrete
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
     from sublens.masked_network import MaskedNetwork
@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchError",
+    "Bernoulli",
     "CutGraphError",
     "Diagnosis",
     "FileError",
@@ -62,6 +63,7 @@ __all__ = [
 ]
 
 _ROOM_OF = {
+    "Bernoulli": "gates",
     "Diagnosis": "diagnosis",
     "Finding": "diagnosis",
     "Gate": "gates",

@@ -1,7 +1,8 @@
 """What gates mean: one estimator a file over one small base."""
 
 from sublens.gates.base import Gate, Penalty
+from sublens.gates.bernoulli import Bernoulli
 from sublens.gates.gumbel_sigmoid import GumbelSigmoid
 from sublens.gates.hard_concrete import HardConcrete
 
-__all__ = ["Gate", "GumbelSigmoid", "HardConcrete", "Penalty"]
+__all__ = ["Bernoulli", "Gate", "GumbelSigmoid", "HardConcrete", "Penalty"]
