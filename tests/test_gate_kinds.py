@@ -46,10 +46,15 @@ def bernoulli(logits: Tensor, u: Tensor, step: int) -> Tensor:
     return straight_through(u > 1 - p, p)
 
 
+def threshold(logits: Tensor, u: Tensor, step: int) -> Tensor:
+    return straight_through(logits > 0, logits)
+
+
 GATES: dict[str, tuple[sl.Gate, Oracle]] = {
     "GumbelSigmoid": (sl.GumbelSigmoid(), gumbel_sigmoid),
     "Bernoulli": (sl.Bernoulli(), bernoulli),
     "HardConcrete": (sl.HardConcrete(), hard_concrete),
+    "Threshold": (sl.Threshold(), threshold),
 }
 ALL = pytest.mark.parametrize("name", GATES)
 
@@ -220,6 +225,24 @@ def test_bernoulli_is_open_with_its_probability_and_its_gradient_has_no_noise() 
     first, second = (sl.Bernoulli().logit_gradient(ones, ones, logits, draw) for draw in draws)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, torch.full((COUNT,), p * (1 - p)))
+
+
+# --- the threshold
+
+
+def test_training_and_evaluation_of_the_threshold_agree_and_its_penalty_counts() -> None:
+    masked = sl.MaskedNetwork(nn.Linear(6, 5), gate=sl.Threshold(), samples=2)
+    [logits] = masked.logits.values()
+    with torch.no_grad():
+        logits.copy_(normal(5, 6))
+        logits[0, 0] = 0.0
+    x = normal(8, 6)
+    training = masked(x)
+    torch.testing.assert_close(training, masked.eval()(x))
+    penalty = masked.penalty(0.5, "expected")
+    penalty.backward()
+    assert float(penalty.detach()) == 0.5 * float((logits > 0).sum()) == 0.5 * 30 * masked.mask().kept
+    torch.testing.assert_close(logits.grad, torch.full((5, 6), 0.5))
 
 
 # --- a gate of one's own

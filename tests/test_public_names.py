@@ -10,7 +10,7 @@ import sublens
 
 NAMES = {
     "BatchError", "Bernoulli", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate", "GumbelSigmoid",
-    "HardConcrete", "Mask",
+    "HardConcrete", "Mask", "Threshold",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
     "StudyError", "SublensError", "Task", "diagnose", "fingerprint", "fit", "inspect", "select",
 }  # fmt: skip

@@ -24,7 +24,7 @@ from sublens.errors import (
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
     from sublens.fit import Run, Settled, fit
-    from sublens.gates import Bernoulli, Gate, GumbelSigmoid, HardConcrete
+    from sublens.gates import Bernoulli, Gate, GumbelSigmoid, HardConcrete, Threshold
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
     from sublens.masked_network import MaskedNetwork
@@ -55,6 +55,7 @@ __all__ = [
     "StudyError",
     "SublensError",
     "Task",
+    "Threshold",
     "diagnose",
     "fingerprint",
     "fit",
@@ -75,6 +76,7 @@ _ROOM_OF = {
     "Settled": "fit",
     "Study": "study",
     "Task": "study",
+    "Threshold": "gates",
     "diagnose": "diagnosis",
     "fingerprint": "mask",
     "fit": "fit",
