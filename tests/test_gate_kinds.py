@@ -50,11 +50,25 @@ def threshold(logits: Tensor, u: Tensor, step: int) -> Tensor:
     return straight_through(logits > 0, logits)
 
 
+def continuous_sparsification(logits: Tensor, u: Tensor, step: int) -> Tensor:
+    beta = math.exp(math.log(200) * step / 10)
+    return 1 / (1 + torch.exp(-beta * logits))
+
+
+def top_k(logits: Tensor, u: Tensor, step: int) -> Tensor:
+    order = sorted(range(logits.numel()), key=logits.flatten().tolist().__getitem__)
+    hard = torch.ones(logits.numel())
+    hard[order[: logits.numel() - round(0.3 * logits.numel())]] = 0
+    return straight_through(hard.view(logits.shape), logits)
+
+
 GATES: dict[str, tuple[sl.Gate, Oracle]] = {
     "GumbelSigmoid": (sl.GumbelSigmoid(), gumbel_sigmoid),
     "Bernoulli": (sl.Bernoulli(), bernoulli),
+    "ContinuousSparsification": (sl.ContinuousSparsification(steps=10), continuous_sparsification),
     "HardConcrete": (sl.HardConcrete(), hard_concrete),
     "Threshold": (sl.Threshold(), threshold),
+    "TopK": (sl.TopK(0.3), top_k),
 }
 ALL = pytest.mark.parametrize("name", GATES)
 
@@ -243,6 +257,98 @@ def test_training_and_evaluation_of_the_threshold_agree_and_its_penalty_counts()
     penalty.backward()
     assert float(penalty.detach()) == 0.5 * float((logits > 0).sum()) == 0.5 * 30 * masked.mask().kept
     torch.testing.assert_close(logits.grad, torch.full((5, 6), 0.5))
+
+
+# --- continuous sparsification
+
+
+def test_continuous_sparsification_hardens_into_its_mask() -> None:
+    gate = sl.ContinuousSparsification(steps=4, final=16.0)
+    logit, one = torch.tensor([0.3]), torch.ones(1)
+    values = [float(gate.masked(one, logit, Draw(0, step, 0, 0))) for step in range(7)]
+    for value, beta in zip(values, (1, 2, 4, 8, 16, 16, 16), strict=True):
+        assert value == pytest.approx(1 / (1 + math.exp(-0.3 * beta)), rel=1e-6)
+    logits = torch.tensor([-0.5, -0.2, 0.2, 0.5])
+    last = sl.ContinuousSparsification(steps=4).masked(torch.ones(4), logits, Draw(0, 4, 0, 0))
+    torch.testing.assert_close(last, (logits > 0).float())
+
+
+def test_penalty_of_continuous_sparsification_has_the_temperature_of_the_last_call() -> None:
+    masked = sl.MaskedNetwork(
+        nn.Linear(6, 5), keep=0.6, samples=1, gate=sl.ContinuousSparsification(steps=4, final=16.0)
+    )
+    for beta in (1, 1, 2, 4):  # before any call as in the first
+        assert float(masked.penalty(1.0, "expected").detach()) == pytest.approx(
+            30 / (1 + (0.4 / 0.6) ** beta), rel=1e-5
+        )
+        masked(normal(8, 6))
+    masked.penalty(1.0, "expected").backward()
+    [logits] = masked.logits.values()
+    m = 1 / (1 + (0.4 / 0.6) ** 8)
+    torch.testing.assert_close(logits.grad, torch.full((5, 6), 8 * m * (1 - m)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"steps": 0}, {"steps": 2.5}, {"steps": True}, {"steps": 5, "final": 0.5}, {"steps": 5, "final": math.inf}],
+)
+def test_an_impossible_schedule_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match=r"(steps|final) is .*must be"):
+        sl.ContinuousSparsification(**values)
+
+
+# --- top k
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.3, 9), (0.5, 15), (0.001, 1), (0.99, 30), (1.0, 30)])
+def test_top_k_keeps_its_fraction_of_each_parameter(fraction: float, kept: int) -> None:
+    gate = sl.TopK(fraction)
+    masked = sl.MaskedNetwork(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)), gate=gate, samples=1)
+    assert all(layer.kept == pytest.approx(kept / 30) for layer in map(masked_part(masked), masked.logits))
+    assert int((gate.decision(torch.zeros(5, 6)) > 0).flatten()[:kept].sum()) == kept  # ties: the earlier ones
+    for kind in ("logits", "expected"):
+        penalty = masked.penalty(0.5, kind)  # type: ignore[arg-type]
+        penalty.backward()
+        assert float(penalty.detach()) == 0.5 * 2 * kept
+    assert all(logits.grad is not None and not bool(logits.grad.any()) for logits in masked.logits.values())
+
+
+def masked_part(masked: sl.MaskedNetwork) -> Callable[[str], sl.Mask]:
+    mask = masked.mask()
+    return lambda name: sl.Mask({name: mask[name]}, mask.network)
+
+
+def test_top_k_starts_from_scores_of_its_own_that_the_seed_names() -> None:
+    def scores(seed: int) -> dict[str, Tensor]:
+        network = nn.Sequential(nn.Conv2d(4, 50, 5), nn.Linear(100, 50))
+        return {
+            k: v.detach() for k, v in sl.MaskedNetwork(network, biases=True, gate=sl.TopK(), seed=seed).logits.items()
+        }
+
+    for name, bound in {"0.weight": 0.1, "1.weight": 0.1, "0.bias": 1.0}.items():
+        first = scores(1)[name]
+        assert torch.equal(first, scores(1)[name])
+        assert not torch.equal(first, scores(2)[name])
+        assert float(first.abs().max()) < bound
+        assert float(first.max()) > 0.7 * bound
+        # Uniform: variance bound^2 / 3; five standard errors of mean and variance.
+        n = first.numel()
+        assert abs(float(first.mean())) < 5 * bound / math.sqrt(3 * n)
+        assert abs(float(first.square().mean()) - bound**2 / 3) < 5 * bound**2 * math.sqrt(4 / 45 / n)
+
+
+def test_top_k_makes_no_mask_of_nan() -> None:
+    masked = sl.MaskedNetwork(nn.Linear(6, 5), gate=sl.TopK())
+    with torch.no_grad():
+        next(iter(masked.logits.values()))[0, 0] = math.nan
+    with pytest.raises(sl.NonFiniteError, match="NaN"):
+        masked.mask()
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, math.nan])
+def test_an_impossible_fraction_is_refused(fraction: float) -> None:
+    with pytest.raises(SettingError, match=r"fraction is .* above 0 and at most 1"):
+        sl.TopK(fraction)
 
 
 # --- a gate of one's own

@@ -9,8 +9,8 @@ import pytest
 import sublens
 
 NAMES = {
-    "BatchError", "Bernoulli", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate", "GumbelSigmoid",
-    "HardConcrete", "Mask", "Threshold",
+    "BatchError", "Bernoulli", "ContinuousSparsification", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate",
+    "GumbelSigmoid", "HardConcrete", "Mask", "Threshold", "TopK",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
     "StudyError", "SublensError", "Task", "diagnose", "fingerprint", "fit", "inspect", "select",
 }  # fmt: skip

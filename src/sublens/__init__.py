@@ -24,7 +24,7 @@ from sublens.errors import (
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
     from sublens.fit import Run, Settled, fit
-    from sublens.gates import Bernoulli, Gate, GumbelSigmoid, HardConcrete, Threshold
+    from sublens.gates import Bernoulli, ContinuousSparsification, Gate, GumbelSigmoid, HardConcrete, Threshold, TopK
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
     from sublens.masked_network import MaskedNetwork
@@ -36,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchError",
     "Bernoulli",
+    "ContinuousSparsification",
     "CutGraphError",
     "Diagnosis",
     "FileError",
@@ -56,6 +57,7 @@ __all__ = [
     "SublensError",
     "Task",
     "Threshold",
+    "TopK",
     "diagnose",
     "fingerprint",
     "fit",
@@ -65,6 +67,7 @@ __all__ = [
 
 _ROOM_OF = {
     "Bernoulli": "gates",
+    "ContinuousSparsification": "gates",
     "Diagnosis": "diagnosis",
     "Finding": "diagnosis",
     "Gate": "gates",
@@ -77,6 +80,7 @@ _ROOM_OF = {
     "Study": "study",
     "Task": "study",
     "Threshold": "gates",
+    "TopK": "gates",
     "diagnose": "diagnosis",
     "fingerprint": "mask",
     "fit": "fit",

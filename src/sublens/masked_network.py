@@ -43,7 +43,7 @@ class MaskedNetwork(nn.Module):
     Args:
         network: any trained module.
         keep: keep probability that all gates start from, strictly between 0 and 1 (the paper's text says 0.9; its code
-            starts from a logit of 2.0, which is 0.881).
+            starts from a logit of 2.0, which is 0.881). :class:`sublens.TopK` has its own start.
         samples: number K of samples per step, 1 or more (the paper: 4, or 8).
         seed: names the noise; any integer.
         where: which parameters are masked, see :func:`sublens.select`.

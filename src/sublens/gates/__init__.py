@@ -2,8 +2,19 @@
 
 from sublens.gates.base import Gate, Penalty
 from sublens.gates.bernoulli import Bernoulli
+from sublens.gates.continuous_sparsification import ContinuousSparsification
 from sublens.gates.gumbel_sigmoid import GumbelSigmoid
 from sublens.gates.hard_concrete import HardConcrete
 from sublens.gates.threshold import Threshold
+from sublens.gates.top_k import TopK
 
-__all__ = ["Bernoulli", "Gate", "GumbelSigmoid", "HardConcrete", "Penalty", "Threshold"]
+__all__ = [
+    "Bernoulli",
+    "ContinuousSparsification",
+    "Gate",
+    "GumbelSigmoid",
+    "HardConcrete",
+    "Penalty",
+    "Threshold",
+    "TopK",
+]
