@@ -9,7 +9,8 @@ import pytest
 import sublens
 
 NAMES = {
-    "BatchError", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate", "GumbelSigmoid", "Mask",
+    "BatchError", "Bernoulli", "ContinuousSparsification", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate",
+    "GumbelSigmoid", "HardConcrete", "Mask", "Threshold", "TopK",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
     "StudyError", "SublensError", "Task", "diagnose", "fingerprint", "fit", "inspect", "select",
 }  # fmt: skip

@@ -24,7 +24,7 @@ from sublens.errors import (
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
     from sublens.fit import Run, Settled, fit
-    from sublens.gates import Gate, GumbelSigmoid
+    from sublens.gates import Bernoulli, ContinuousSparsification, Gate, GumbelSigmoid, HardConcrete, Threshold, TopK
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
     from sublens.masked_network import MaskedNetwork
@@ -35,12 +35,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchError",
+    "Bernoulli",
+    "ContinuousSparsification",
     "CutGraphError",
     "Diagnosis",
     "FileError",
     "Finding",
     "Gate",
     "GumbelSigmoid",
+    "HardConcrete",
     "Mask",
     "MaskedNetwork",
     "MismatchError",
@@ -53,6 +56,8 @@ __all__ = [
     "StudyError",
     "SublensError",
     "Task",
+    "Threshold",
+    "TopK",
     "diagnose",
     "fingerprint",
     "fit",
@@ -61,16 +66,21 @@ __all__ = [
 ]
 
 _ROOM_OF = {
+    "Bernoulli": "gates",
+    "ContinuousSparsification": "gates",
     "Diagnosis": "diagnosis",
     "Finding": "diagnosis",
     "Gate": "gates",
     "GumbelSigmoid": "gates",
+    "HardConcrete": "gates",
     "Mask": "mask",
     "MaskedNetwork": "masked_network",
     "Run": "fit",
     "Settled": "fit",
     "Study": "study",
     "Task": "study",
+    "Threshold": "gates",
+    "TopK": "gates",
     "diagnose": "diagnosis",
     "fingerprint": "mask",
     "fit": "fit",

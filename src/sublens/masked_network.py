@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,12 @@ from torch.func import functional_call
 
 from sublens import linear_route, recomputation
 from sublens.errors import CutGraphError, MismatchError, SettingError
-from sublens.gates import Gate, GumbelSigmoid
+from sublens.gates import Gate, GumbelSigmoid, Penalty
 from sublens.kernels import LOGIT_BOUND
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
 from sublens.selection import Where, select, tied_names
 from sublens.splitting import Axes, Batch, flatten, join, output_axes
-
-Penalty = Literal["logits", "expected"]
 
 
 class MaskedNetwork(nn.Module):
@@ -45,7 +43,7 @@ class MaskedNetwork(nn.Module):
     Args:
         network: any trained module.
         keep: keep probability that all gates start from, strictly between 0 and 1 (the paper's text says 0.9; its code
-            starts from a logit of 2.0, which is 0.881).
+            starts from a logit of 2.0, which is 0.881). :class:`sublens.TopK` has its own start.
         samples: number K of samples per step, 1 or more (the paper: 4, or 8).
         seed: names the noise; any integer.
         where: which parameters are masked, see :func:`sublens.select`.
@@ -97,6 +95,7 @@ class MaskedNetwork(nn.Module):
         self.logits_tree = nn.Module()
         for name, parameter in selected.items():
             logits = torch.full(parameter.shape, start, dtype=torch.float32, device=parameter.device)
+            logits = self.gate.start(logits, Draw(seed, 0, 0, self._ids[name]))
             _plant(self.logits_tree, name, nn.Parameter(logits))
 
     @property
@@ -125,19 +124,20 @@ class MaskedNetwork(nn.Module):
         return self._fingerprint
 
     def mask(self) -> Mask:
-        """The mask as it stands: an element is kept iff its logit is greater than 0.
+        """The mask as it stands: an element is kept iff the gate's decision is above 0, for most gates its logit.
 
         Raises:
             MismatchError: the network has changed since.
         """
-        return Mask.from_logits(self.logits, self.fingerprint)
+        return Mask.from_logits(self._decisions(), self.fingerprint)
 
     def penalty(self, alpha: float, kind: Penalty = "logits") -> Tensor:
         """What pushes gates shut, times ``alpha``; add it to the loss.
 
         ``"logits"`` is the paper's sum of all logits (section 2; its alpha is divided by the batch size there, not
         here). It cannot run away, since every training call puts the logits back within their bound of -10 to 10.
-        ``"expected"`` is the expected number of kept elements, the sum of keep probabilities.
+        ``"expected"`` is the expected number of open elements, the sum of the gate's keep probabilities in the last
+        training call.
 
         Returns:
             float32 scalar tensor.
@@ -149,14 +149,10 @@ class MaskedNetwork(nn.Module):
             raise SettingError(
                 f"alpha is {alpha}; it must be a finite number of 0 or more. A negative one opens gates."
             )
-        tensors = self.logits.values()
-        if kind == "logits":
-            total = torch.stack([t.sum() for t in tensors]).sum()
-        elif kind == "expected":
-            total = torch.stack([torch.sigmoid(t).sum() for t in tensors]).sum()
-        else:
+        if kind not in get_args(Penalty):
             raise SettingError(f"The penalty {kind!r} does not exist; there are 'logits' and 'expected'.")
-        return alpha * total
+        step = max(self.step - 1, 0)
+        return alpha * torch.stack([self.gate.penalty(logits, kind, step) for logits in self.logits.values()]).sum()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own output, for its own arguments, with sampled gates (training) or the mask (evaluation).
@@ -167,7 +163,7 @@ class MaskedNetwork(nn.Module):
             CutGraphError: at the first training call, the network's output does not depend on any logit.
         """
         if not self.training:
-            kept = {name: binarise(logits) for name, logits in self.logits.items()}
+            kept = {name: binarise(decision) for name, decision in self._decisions().items()}
             return self._call(lambda name, w: torch.where(kept[name], w, w.new_zeros(())), args, kwargs)
         with torch.no_grad():
             for logits in self.logits.values():
@@ -180,6 +176,9 @@ class MaskedNetwork(nn.Module):
             output = self._sampled(step, args, kwargs)
         self._check_first_call(output)
         return output
+
+    def _decisions(self) -> dict[str, Tensor]:
+        return {name: self.gate.decision(logits.detach()) for name, logits in self.logits.items()}
 
     def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.samples == 1:

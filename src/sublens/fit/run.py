@@ -18,9 +18,9 @@ from sublens.fit.optimizers import describe_optimizer, make_optimizer
 from sublens.fit.progress import Display
 from sublens.fit.settings import DEFAULT_LR, Record, Settings, Settled
 from sublens.fit.training import Training
-from sublens.gates import Gate
+from sublens.gates import Gate, Penalty
 from sublens.mask import Mask
-from sublens.masked_network import MaskedNetwork, Penalty
+from sublens.masked_network import MaskedNetwork
 from sublens.selection import Where
 
 

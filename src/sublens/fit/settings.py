@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sublens.errors import SettingError
-from sublens.masked_network import Penalty
+from sublens.gates import Penalty
 
 Record = dict[str, Any]
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -20,6 +20,7 @@ from sublens.fit.batches import BatchSource, seed_torch
 from sublens.fit.checkpoint import RunFolder, State
 from sublens.fit.progress import Display
 from sublens.fit.settings import OWN_FIELDS, Record, Settings
+from sublens.mask import binarise
 from sublens.masked_network import MaskedNetwork
 
 
@@ -116,7 +117,8 @@ class Training:
 
     def _record(self, display: Display, evaluates: bool) -> None:
         state, settings = self.state, self._settings
-        kept = sum(int(torch.count_nonzero(logit > 0)) for logit in self._logits.values()) / self._size
+        decide = self._masked.gate.decision
+        kept = sum(int(binarise(decide(logit.detach())).sum()) for logit in self._logits.values()) / self._size
         record: Record = {
             "step": state.step,
             "loss": state.loss / max(state.count, 1),

@@ -1,16 +1,21 @@
 """What every gate says about itself."""
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sublens.noise import Draw
+
+Penalty = Literal["logits", "expected"]
 
 
 class Gate(ABC):
     """An estimator: how logits become open or closed samples, and how gradients come back.
 
-    A gate is immutable and has no tensors of its own. It acts on one masked parameter at a time.
+    A gate is immutable and has no tensors of its own. It acts on one masked parameter at a time. It must say its two
+    directions; the rest takes the logits for those of keep probabilities, unless a gate says otherwise.
     """
 
     @property
@@ -25,3 +30,19 @@ class Gate(ABC):
     @abstractmethod
     def logit_gradient(self, gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """Gradient of the logits (float32, their shape), given that of :meth:`masked`'s result, for the same draw."""
+
+    def decision(self, logits: Tensor) -> Tensor:
+        """What the mask is read from: an element is kept iff its number here is above 0. Shape of ``logits``."""
+        return logits
+
+    def keep_probability(self, logits: Tensor, step: int) -> Tensor:
+        """How likely each element is to be open in training call ``step``, in 0..1. Differentiable."""
+        return torch.sigmoid(logits)
+
+    def penalty(self, logits: Tensor, kind: Penalty, step: int) -> Tensor:
+        """One parameter's part of :meth:`sublens.MaskedNetwork.penalty` for ``alpha`` = 1. Differentiable scalar."""
+        return logits.sum() if kind == "logits" else self.keep_probability(logits, step).sum()
+
+    def start(self, logits: Tensor, draw: Draw) -> Tensor:
+        """The logits that training starts from, given a tensor full of the logit of ``keep``."""
+        return logits
