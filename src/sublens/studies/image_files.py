@@ -59,12 +59,14 @@ class Images:
         classes: name of each class; a name is good for a task's name too.
         train: what networks and masks are trained on.
         test: what they are measured on.
+        order: int64 [C * H * W], where each pixel that a network sees is taken from; ``None`` leaves them in place.
     """
 
     source: str
     classes: tuple[str, ...]
     train: Part
     test: Part
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,9 +84,13 @@ class Images:
         return mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1)
 
     def standard(self, pixels: Tensor) -> Tensor:
-        """Return pixels (uint8 [N, C, H, W]) as float32, less the training images' mean, over their deviation."""
+        """Return pixels (uint8 [N, C, H, W]) as a network sees them.
+
+        That is float32, less the mean of the channel over all training images, over its deviation, and in ``order``.
+        """
         mean, deviation = self._spread
-        return (pixels.float() - mean) / deviation
+        seen = (pixels.float() - mean) / deviation
+        return seen if self.order is None else seen.flatten(1)[:, self.order].view_as(seen)
 
     @cached_property
     def described(self) -> dict[str, object]:
