@@ -259,7 +259,7 @@ class MaskedNetwork(nn.Module):
         tensors: dict[str, Tensor] = {}
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
         for name, aliases in self._aliases.items():
-            weight = parameters[name]
+            weight: Tensor = parameters[name]
             if self.frozen or name not in self._ids or not self.training:
                 weight = weight.detach()
             # All names of a tied tensor get the same object, so that it is sampled once.

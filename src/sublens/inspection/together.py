@@ -1,12 +1,14 @@
 """Weights and masks that train together, one task after the other (paper: permuted digits)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sublens.errors import StudyError
 from sublens.fit.checkpoint import State
+from sublens.gates import Penalty
 from sublens.inspection.folder import Folder
 from sublens.inspection.network import WeightTraining, adam, build_network, load_network, save_network
 from sublens.mask import Mask, fingerprint
@@ -41,7 +43,7 @@ def train_together(
     return networks, masks
 
 
-def used_before(masks: Mapping[str, Mask], task: str, fresh: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def used_before(masks: Mapping[str, Mask], task: str, fresh: Sequence[str] = ()) -> dict[str, Tensor]:
     """Return which weights the masks of the tasks before ``task`` keep: parameter -> bool tensor of its shape.
 
     Args:
@@ -99,7 +101,7 @@ def _train(
             logit.copy_(torch.where(used[name], plan.used, plan.new))
 
     def after_backward() -> float:
-        penalty = masked.penalty(study.alpha / study.batch_size, "expected" if study.penalty == "expected" else "logits")
+        penalty = masked.penalty(study.alpha / study.batch_size, cast(Penalty, study.penalty))
         penalty.backward()
         for name, weight in weights.items():
             if weight.grad is not None:

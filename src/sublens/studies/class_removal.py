@@ -1,7 +1,7 @@
 """Class removal (paper): which weights of a classifier does one class need?
 
 A network learns to tell ten classes apart. A control mask is trained on all of them, and then one mask for each class
-that is left out of the training. Its output layer is masked as the control's, so that the class cannot be removed there.
+that is left out of its training. Its output layer is the control's, so that the class cannot be removed there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -174,16 +174,14 @@ def lost(asked: Asked, classes: Sequence[str]) -> Answer:
     own = {name: found[_without(name)][name][name] for name in classes}
     control = {name: found[_CONTROL][name][name] for name in classes}
     others = {name: [found[_without(out)][name][name] for out in classes if out != name] for name in classes}
-    rest = mean(
-        found[_without(out)][name][name] - control[name] for out in classes for name in classes if name != out
-    )
+    rest = mean(found[_without(out)][name][name] - control[name] for out in classes for name in classes if name != out)
     drop = mean(control[name] - own[name] for name in classes)
     return Answer(
         title="How much of a left-out class does the network still recognise?",
         sentence=(
-            f"Under the mask that was trained without it, a class loses {drop:.1%} of its test images on average against"
-            f" the control mask, and is still recognised in {mean(own.values()):.1%}; the classes that stayed change by"
-            f" {rest:+.1%}."
+            f"Under the mask that was trained without it, a class loses {drop:.1%} of its test images on average"
+            f" against the control mask, and is still recognised in {mean(own.values()):.1%}; the classes that stayed"
+            f" change by {rest:+.1%}."
         ),
         figures=[
             Bars(

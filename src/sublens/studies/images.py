@@ -1,8 +1,7 @@
 """Tasks of classifying images: which of some classes is it?"""
 
-from collections.abc import Callable, Mapping, Sequence
-
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +47,13 @@ def answers(net: nn.Module, images: Images) -> Tensor:
     """
     global _last
     state = fingerprint(net)
-    if _last is None or _last.network() is not net or _last.state != state or _last.images is not images or net.training:
+    if (
+        _last is None
+        or _last.network() is not net
+        or _last.state != state
+        or _last.images is not images
+        or net.training
+    ):
         with torch.no_grad():
             parts = images.test.pixels.split(_AT_A_TIME)
             given = torch.cat([net(images.standard(part)).argmax(-1) for part in parts])

@@ -43,11 +43,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def study(preset: str = "quick", *, folder: str | None = None, pairs: int | None = None, width: int | None = None) -> Study:
+def study(
+    preset: str = "quick", *, folder: str | None = None, pairs: int | None = None, width: int | None = None
+) -> Study:
     """Return the study. Its network is trained without dropout, as in the paper.
 
     Args:
-        preset: ``"quick"`` (minutes, a network half as wide, four pairs) or ``"paper"`` (the paper's steps and settings).
+        preset: ``"quick"`` (minutes, four pairs, a network half as wide) or ``"paper"`` (its steps and settings).
         folder: of CIFAR-10 or MNIST, see :func:`sublens.studies.image_files.load_images`; without one, scikit-learn's
             handwritten digits.
         pairs: how many pairs of classes, drawn by chance, the same for every seed of a run.

@@ -1,9 +1,9 @@
 """Permuted digits (paper): is what was learned reused, where the network may choose?
 
 A network learns to read digits, then again under one permutation of the pixels after the other. Weights and masks train
-together. The weights that an earlier mask keeps are frozen and at hand; all others are drawn anew each time, and so is the
-whole first layer, since a permutation changes what its weights mean. Beyond the first layer the function is the same: a
-network that reuses would use the frozen weights.
+together. The weights that an earlier mask keeps are frozen and at hand; all others are drawn anew each time, and so is
+the whole first layer, since a permutation changes what its weights mean. Beyond the first layer the function stays the
+same: a network that reuses would use the frozen weights.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "widths": (200, 200, 64),
         "permutations": 6,
-        "mask_steps": 600,
-        "evaluate_every": 300,
+        "mask_steps": 400,
+        "mask_lr": 3e-2,
+        "evaluate_every": 200,
         "random_masks": 3,
     },
 }
@@ -90,14 +91,13 @@ def study(
         batch_size=128,
         network_steps=0,
         network_lr=1e-2,
-        mask_lr=1e-2,
         alpha=1.28e-3,
         samples=8,
         biases=True,
         functions={},
         questions={"reuse": reuse, "accuracy": accuracy},
         settings={"widths": list(hidden), "permutations": count, "images": images.described},
-        **chosen,
+        **{"mask_lr": 1e-2, **chosen},
     )
 
 
@@ -176,9 +176,8 @@ def accuracy(asked: Asked) -> Answer:
         network = asked.networks[task.name]
         later = dict(asked.networks[last].named_parameters())
         with torch.no_grad():
-            state = {
-                name: value if name.startswith(f"{_FIRST}.") else later[name] for name, value in network.state_dict().items()
-            }
+            own_first = {name: value for name, value in network.state_dict().items() if name.startswith(f"{_FIRST}.")}
+            state = {**later, **own_first}
         together = asked.study.network(0)
         together.load_state_dict(state)
         final.append(accuracies(together, metric, asked.masks[task.name].bind(together))[task.name])
