@@ -180,7 +180,8 @@ class Study:
             They are asked in turn when all masks are trained, with torch's random numbers seeded, and their answers
             become sections of the report.
         from_control: names of masked parameters (or globs, or enclosing modules) that every task's mask takes over
-            from the control mask after its training, as the paper does with the output layer in class removal.
+            from the control mask, as the paper does with the output layer in class removal. They are masked so while
+            the rest of the task's mask is trained.
         prepare: ``prepare(network) -> network``, applied to the network after its training and before any mask's; also
             to weights from a file. It must change nothing when applied again, and return a network of the same shapes.
         together: weights and masks train together, one task after the other. ``None``: the network is trained first,

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +24,7 @@ from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
 from sublens.inspection.network import load_network, prepared, save_network, train_network
 from sublens.inspection.together import train_together
 from sublens.mask import Mask
+from sublens.selection import Where, match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
 
 CHECKPOINT_EVERY = 1000
@@ -207,6 +208,11 @@ def _mask(
         return Mask.load(folder.mask(name), net)
     part_seed = seed_from(seed, name)
     metrics = _metrics(study)
+    taken: list[str] = []
+    if study.from_control and control is not None and task is not study.control:
+        taken = match_names(study.from_control, control)
+        # Masked as in the control already while the rest is trained.
+        net = control.only(taken).apply(net)
     run = fit(
         net,
         task.batches_for(part_seed),
@@ -217,7 +223,7 @@ def _mask(
         keep=study.keep,
         samples=study.samples,
         seed=part_seed,
-        where=study.where,
+        where=_without(study.where, taken),
         biases=study.biases,
         batch_dim=study.batch_dim,
         lr=study.mask_lr,
@@ -231,11 +237,20 @@ def _mask(
     )
     folder.finish(name, run.history, run.seconds)
     mask = run.mask
-    if study.from_control and control is not None and task is not study.control:
-        mask = mask.replace(control, study.from_control)
+    if control is not None and taken:
+        mask = Mask({layer: (control if layer in taken else mask)[layer] for layer in control}, control.network)
     mask.save(folder.mask(name))
     folder.forget(name)
     return mask
+
+
+def _without(where: Where, names: list[str]) -> Where:
+    """Return the selection without some parameters."""
+    if not names:
+        return where
+    single = where is None or isinstance(where, str | type) or callable(where)
+    given: list[Any] = [where] if single else list(cast(Iterable[Any], where))
+    return [*(item for item in given if item is not None), *(f"!{name}" for name in names)]
 
 
 def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:

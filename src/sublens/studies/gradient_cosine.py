@@ -35,11 +35,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "width": 16,
         "network_steps": 600,
         "network_lr": 2e-3,
-        "mask_steps": 300,
+        "mask_steps": 400,
         "mask_lr": 3e-2,
         "alpha": 3e-4,
         "batch_size": 128,
-        "evaluate_every": 150,
+        "evaluate_every": 200,
     },
 }
 
