@@ -62,7 +62,6 @@ class Folder:
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
-        config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         occupied = is_used(path)
         if occupied:
             self._check(config, resume)

@@ -1,6 +1,7 @@
 """``inspect``: from a study to a finished run folder."""
 
 import dataclasses
+import json
 import os
 import platform
 import time
@@ -156,7 +157,9 @@ def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     settings["prepare"] = None if study.prepare is None else _described(study.prepare)
     settings["study"] = study.settings
     settings["network_file_sha256"] = weights
-    return {"study": study.name, "preset": study.preset, "seed": seed, "settings": settings}
+    config = {"study": study.name, "preset": study.preset, "seed": seed, "settings": settings}
+    read_back: dict[str, Any] = json.loads(json.dumps(config))  # as the folder's files have it: tuples are lists
+    return read_back
 
 
 def _described(where: Any) -> Any:
