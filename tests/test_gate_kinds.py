@@ -58,7 +58,7 @@ def continuous_sparsification(logits: Tensor, u: Tensor, step: int) -> Tensor:
 def top_k(logits: Tensor, u: Tensor, step: int) -> Tensor:
     order = sorted(range(logits.numel()), key=logits.flatten().tolist().__getitem__)
     hard = torch.ones(logits.numel())
-    hard[order[: logits.numel() - round(0.3 * logits.numel())]] = 0
+    hard[order[: logits.numel() - max(1, round(0.3 * logits.numel()))]] = 0
     return straight_through(hard.view(logits.shape), logits)
 
 

@@ -19,6 +19,7 @@ from sublens.fit.progress import Display
 from sublens.fit.settings import DEFAULT_LR, Record, Settings, Settled
 from sublens.fit.training import Training
 from sublens.gates import Gate, Penalty
+from sublens.groups import Groups
 from sublens.mask import Mask
 from sublens.masked_network import MaskedNetwork
 from sublens.selection import Where
@@ -30,7 +31,7 @@ class Run:
 
     Attributes:
         mask: the mask, kept iff logit > 0.
-        logits: name -> float32 logits, of the masked parameter's shape.
+        logits: name -> float32 logits, of the masked parameter's shape, or one for each group.
         history: the records, oldest first; see ``docs/training.md`` for their fields.
         stopped: ``"steps"`` when all steps were done, ``"settled"`` when the mask had settled before.
         steps: number of steps done.
@@ -59,6 +60,7 @@ def fit(
     where: Where = None,
     biases: bool = False,
     gate: Gate | None = None,
+    groups: Groups = "weight",
     batch_dim: int = 0,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
     lr: float = DEFAULT_LR,
@@ -86,12 +88,13 @@ def fit(
         steps: number of steps, at least 1.
         alpha: multiplies the penalty as it stands, at least 0. (The paper divides its alpha by the batch size.)
         penalty: ``"logits"``, the paper's sum of all logits, or ``"expected"``, the expected number of kept elements.
-        keep: keep probability at the start, see :class:`sublens.MaskedNetwork`, as for the next six arguments.
+        keep: keep probability at the start, see :class:`sublens.MaskedNetwork`, as for the next seven arguments.
         samples: number of draws of all gates per step.
         seed: seed of the gates' noise, and of all that draws from torch's random numbers during the run.
         where: which parameters are masked.
         biases: whether the biases of the selected weights are masked too.
         gate: the estimator; :class:`sublens.GumbelSigmoid` by default.
+        groups: which elements share one logit; by default each has its own.
         batch_dim: the dimension of inputs and outputs that counts the batch.
         optimizer: a function that makes a torch optimizer for the list of logits; by default Adam with ``lr``.
         lr: learning rate of the default optimizer.
@@ -141,7 +144,15 @@ def fit(
     source = BatchSource(batches, seed)
     with random_state_kept(), source.generators_kept():
         masked = MaskedNetwork(
-            network, keep=keep, samples=samples, seed=seed, where=where, biases=biases, gate=gate, batch_dim=batch_dim
+            network,
+            keep=keep,
+            samples=samples,
+            seed=seed,
+            where=where,
+            biases=biases,
+            gate=gate,
+            groups=groups,
+            batch_dim=batch_dim,
         )
         trainer = make_optimizer(settings, masked.logits)
         described = _describe(settings, masked, trainer, keep=keep, samples=samples, batch_dim=batch_dim)
@@ -169,7 +180,7 @@ def fit(
 def _describe(settings: Settings, masked: MaskedNetwork, optimizer: Optimizer, **others: Any) -> dict[str, Any]:
     """All that a run's result depends on and that can be compared, as JSON. Functions cannot be."""
     same = ("alpha", "penalty", "seed", "clip", "evaluate_every", "record_every")
-    described = {
+    described: dict[str, Any] = {
         **others,
         **{name: getattr(settings, name) for name in same},
         "settle": None if settings.settle is None else repr(settings.settle),
@@ -178,5 +189,7 @@ def _describe(settings: Settings, masked: MaskedNetwork, optimizer: Optimizer, *
         "network": masked.fingerprint,
         "selection": {name: list(logit.shape) for name, logit in masked.logits.items()},
     }
+    if coarse := {name: each.describe() for name, each in masked.groupings.items() if not each.fine}:
+        described["groups"] = coarse
     loaded: dict[str, Any] = json.loads(json.dumps(described))
     return loaded

@@ -20,7 +20,6 @@ from sublens.fit.batches import BatchSource, seed_torch
 from sublens.fit.checkpoint import RunFolder, State
 from sublens.fit.progress import Display
 from sublens.fit.settings import OWN_FIELDS, Record, Settings
-from sublens.mask import binarise
 from sublens.masked_network import MaskedNetwork
 
 
@@ -47,7 +46,6 @@ class Training:
         self._batches = batches
         self._folder = folder
         self._logits = masked.logits
-        self._size = sum(logit.numel() for logit in self._logits.values())
         self._clock = time.perf_counter()
 
     def run(self, display: Display) -> Literal["steps", "settled"]:
@@ -117,8 +115,7 @@ class Training:
 
     def _record(self, display: Display, evaluates: bool) -> None:
         state, settings = self.state, self._settings
-        decide = self._masked.gate.decision
-        kept = sum(int(binarise(decide(logit.detach())).sum()) for logit in self._logits.values()) / self._size
+        kept = self._masked.kept
         record: Record = {
             "step": state.step,
             "loss": state.loss / max(state.count, 1),
