@@ -45,7 +45,7 @@ class MaskedNetwork(nn.Module):
         network: any trained module.
         keep: keep probability that all gates start from, strictly between 0 and 1 (the paper's text says 0.9; its code
             starts from a logit of 2.0, which is 0.881). :class:`sublens.TopK` has its own start.
-        samples: number K of samples per step, 1 or more (the paper: 4, or 8).
+        samples: number K of samples per step, 1 or more (the paper: 4, or 8). A gate without noise has one.
         seed: names the noise; any integer.
         where: which parameters are masked, see :func:`sublens.select`.
         biases: also mask the biases of the modules whose weights are masked. A bias shares the logit of the group in
@@ -101,10 +101,8 @@ class MaskedNetwork(nn.Module):
         self._seen_a_gradient = False
         self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
         self.logits_tree = nn.Module()
-        self._gates: dict[str, Gate | GroupedGate] = {}
         parameters = dict(network.named_parameters())
         for name, grouping in self._groupings.items():
-            self._gates[name] = self.gate if grouping.fine else GroupedGate(self.gate, grouping)
             if grouping.owner != name:
                 continue
             logits = torch.full(grouping.grid, start, dtype=torch.float32, device=parameters[name].device)
@@ -150,12 +148,12 @@ class MaskedNetwork(nn.Module):
         Raises:
             MismatchError: the network has changed since.
         """
-        return Mask.from_logits(self._decisions(), self.fingerprint, self._groupings)
+        return Mask.from_logits(self.decisions(), self.fingerprint, self._groupings)
 
     @property
     def kept(self) -> float:
         """The share of the masked elements that :meth:`mask` keeps as it stands, 0 to 1."""
-        decisions = {name: binarise(decision) for name, decision in self._decisions().items()}
+        decisions = {name: binarise(decision) for name, decision in self.decisions().items()}
         parts = [(each.count(decisions[each.owner]), each.size) for each in self._groupings.values()]
         return sum(kept for kept, _ in parts) / sum(size for _, size in parts)
 
@@ -180,8 +178,11 @@ class MaskedNetwork(nn.Module):
             )
         if kind not in get_args(Penalty):
             raise SettingError(f"The penalty {kind!r} does not exist; there are 'logits' and 'expected'.")
-        step = max(self.step - 1, 0)
-        return alpha * torch.stack([self.gate.penalty(logits, kind, step) for logits in self.logits.values()]).sum()
+        if alpha == 0:
+            return torch.zeros((), device=next(iter(self.logits.values())).device, requires_grad=True)
+        step, logits = max(self.step - 1, 0), self.logits
+        gates = self.gate.across(logits)
+        return alpha * torch.stack([gates[name].penalty(layer, kind, step) for name, layer in logits.items()]).sum()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own output, for its own arguments, with sampled gates (training) or the mask (evaluation).
@@ -192,7 +193,7 @@ class MaskedNetwork(nn.Module):
             CutGraphError: at the first training call, the network's output does not depend on any logit.
         """
         if not self.training:
-            kept = {name: binarise(decision) for name, decision in self._decisions().items()}
+            kept = {name: binarise(decision) for name, decision in self.decisions().items()}
             return self._call(lambda name, w: self._masked_by(kept, name, w), args, kwargs)
         with torch.no_grad():
             for logits in self.logits.values():
@@ -210,11 +211,13 @@ class MaskedNetwork(nn.Module):
         grouping = self._groupings[name]
         return grouping.masked(weight, kept[grouping.owner])
 
-    def _decisions(self) -> dict[str, Tensor]:
-        return {name: self.gate.decision(logits.detach()) for name, logits in self.logits.items()}
+    def decisions(self) -> dict[str, Tensor]:
+        """What the mask is read from, as it stands: name -> float32 of the logits' shape; kept iff above 0."""
+        logits = {name: layer.detach() for name, layer in self.logits.items()}
+        return {name: gate.decision(logits[name]) for name, gate in self.gate.across(logits).items()}
 
     def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.samples == 1:
+        if self.samples == 1 or not self.gate.noisy:
             return self._call(self._gated(step, 0), args, kwargs)
         batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(self.samples)
@@ -267,10 +270,13 @@ class MaskedNetwork(nn.Module):
 
     def _gated(self, step: int, sample: int) -> Any:
         logits = self.logits
+        gates = self.gate.across(logits)
 
         def put(name: str, weight: Tensor) -> Tensor:
             draw = Draw(self.seed, step, sample, self._ids[name])
-            gated: Tensor = _Gated.apply(logits[self._groupings[name].owner], weight, self._gates[name], draw)
+            grouping = self._groupings[name]
+            gate = gates[grouping.owner] if grouping.fine else GroupedGate(gates[grouping.owner], grouping)
+            gated: Tensor = _Gated.apply(logits[grouping.owner], weight, gate, draw)
             return gated
 
         return put

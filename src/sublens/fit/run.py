@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -154,6 +155,8 @@ def fit(
             groups=groups,
             batch_dim=batch_dim,
         )
+        with torch.no_grad():
+            masked.penalty(alpha, kind=penalty)  # refused here, before anything is written, where a gate takes none
         trainer = make_optimizer(settings, masked.logits)
         described = _describe(settings, masked, trainer, keep=keep, samples=samples, batch_dim=batch_dim)
         store: RunFolder | None = None
