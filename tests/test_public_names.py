@@ -10,7 +10,7 @@ import sublens
 
 NAMES = {
     "BatchError", "Bernoulli", "ContinuousSparsification", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate",
-    "GumbelSigmoid", "HardConcrete", "Mask", "Threshold", "TopK",
+    "GumbelSigmoid", "HardConcrete", "Mask", "NOfM", "Threshold", "TopK",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
     "StudyError", "SublensError", "Task", "attribution_mask", "diagnose", "fingerprint", "fit", "inspect",
     "magnitude_mask", "random_mask", "select",

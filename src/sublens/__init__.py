@@ -24,7 +24,16 @@ from sublens.errors import (
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
     from sublens.fit import Run, Settled, fit
-    from sublens.gates import Bernoulli, ContinuousSparsification, Gate, GumbelSigmoid, HardConcrete, Threshold, TopK
+    from sublens.gates import (
+        Bernoulli,
+        ContinuousSparsification,
+        Gate,
+        GumbelSigmoid,
+        HardConcrete,
+        NOfM,
+        Threshold,
+        TopK,
+    )
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
     from sublens.masked_network import MaskedNetwork
@@ -48,6 +57,7 @@ __all__ = [
     "Mask",
     "MaskedNetwork",
     "MismatchError",
+    "NOfM",
     "NonFiniteError",
     "Run",
     "SelectionError",
@@ -79,6 +89,7 @@ _ROOM_OF = {
     "HardConcrete": "gates",
     "Mask": "mask",
     "MaskedNetwork": "masked_network",
+    "NOfM": "gates",
     "Run": "fit",
     "Settled": "fit",
     "Study": "study",
