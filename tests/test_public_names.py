@@ -12,8 +12,8 @@ NAMES = {
     "BatchError", "Bernoulli", "ContinuousSparsification", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate",
     "GumbelSigmoid", "HardConcrete", "Mask", "NOfM", "Threshold", "TopK",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
-    "StudyError", "SublensError", "Task", "attribution_mask", "diagnose", "fingerprint", "fit", "inspect",
-    "magnitude_mask", "random_mask", "select",
+    "StudyError", "SublensError", "Switchboard", "Task", "attribution_mask", "diagnose", "fingerprint", "fit",
+    "inspect", "magnitude_mask", "random_mask", "select",
 }  # fmt: skip
 
 

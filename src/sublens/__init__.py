@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sublens.reference_masks import attribution_mask, magnitude_mask, random_mask
     from sublens.selection import select
     from sublens.study import Study, Task
+    from sublens.switchboard import Switchboard
 
 __version__ = "0.1.0"
 
@@ -66,6 +67,7 @@ __all__ = [
     "Study",
     "StudyError",
     "SublensError",
+    "Switchboard",
     "Task",
     "Threshold",
     "TopK",
@@ -93,6 +95,7 @@ _ROOM_OF = {
     "Run": "fit",
     "Settled": "fit",
     "Study": "study",
+    "Switchboard": "switchboard",
     "Task": "study",
     "Threshold": "gates",
     "TopK": "gates",

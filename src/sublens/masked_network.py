@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, get_args
@@ -239,7 +239,7 @@ class MaskedNetwork(nn.Module):
         """
         other = size - 1 if size > 1 else 2
         with torch.no_grad():
-            first, second = (self._call(_plain, *batch.part(0, count, copy=True)) for count in (size, other))
+            first, second = (self._call(plain, *batch.part(0, count, copy=True)) for count in (size, other))
         return output_axes(first, size, second, other, batch_leads=self.batch_dim == 0)
 
     def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
@@ -283,17 +283,8 @@ class MaskedNetwork(nn.Module):
 
     def _call(self, put: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the network with ``put(name, weight)`` in place of each masked weight."""
-        tensors: dict[str, Tensor] = {}
-        parameters = dict(self.network.named_parameters(remove_duplicate=False))
-        for name, aliases in self._aliases.items():
-            weight = parameters[name].detach()
-            # All names of a tied tensor get the same object, so that it is sampled once.
-            tensors |= dict.fromkeys(aliases, put(name, weight) if name in self._ids else weight)
-        copies: dict[int, Tensor] = {}
-        for name, buffer in self.network.named_buffers(remove_duplicate=False):
-            tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-        with _at_rest(self.network):
-            return functional_call(self.network, tensors, args, kwargs, strict=True)
+        ids = self._ids
+        return call_with(self.network, self._aliases, lambda n, w: put(n, w) if n in ids else w, args, kwargs)
 
     def _check_first_call(self, output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -353,7 +344,36 @@ def initial_logit(keep: float) -> float:
     return logit
 
 
-def _plain(name: str, weight: Tensor) -> Tensor:
+def call_with(
+    network: nn.Module,
+    aliases: Mapping[str, tuple[str, ...]],
+    put: Callable[[str, Tensor], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a network with other weights, and leave it as it was.
+
+    Args:
+        network: any module.
+        aliases: its :func:`sublens.selection.tied_names`.
+        put: ``put(name, weight)`` gives what stands in a weight's place; :func:`plain` gives the weight itself.
+        args: the network's arguments.
+        kwargs: likewise.
+    """
+    tensors: dict[str, Tensor] = {}
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    for name, names in aliases.items():
+        # All names of a tied tensor get the same object, so that it is sampled once.
+        tensors |= dict.fromkeys(names, put(name, parameters[name].detach()))
+    copies: dict[int, Tensor] = {}
+    for name, buffer in network.named_buffers(remove_duplicate=False):
+        tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+    with _at_rest(network):
+        return functional_call(network, tensors, args, kwargs, strict=True)
+
+
+def plain(name: str, weight: Tensor) -> Tensor:
+    """The weight itself, in its own place."""
     return weight
 
 

@@ -321,7 +321,7 @@ class Mask:
         Raises:
             MismatchError: the mask belongs to another network, or names or shapes differ. Nothing has changed then.
         """
-        self._check_network(network)
+        self.check(network)
         with zeroed(network, ((name, ~self[name]) for name in self)):
             yield network
 
@@ -331,7 +331,7 @@ class Mask:
         Raises:
             MismatchError: the mask belongs to another network, or names or shapes differ.
         """
-        self._check_network(network)
+        self.check(network)
         names = {alias: aliases for aliases in tied_names(network).values() for alias in aliases}
         pruned = copy.deepcopy(network)
         parameters = dict(pruned.named_parameters(remove_duplicate=False))
@@ -377,7 +377,7 @@ class Mask:
                 raise FileError(f"'{os.fspath(path)}': {name!a}: {error}") from error
         mask = cls._of(packed, checked, fingerprint_entry(path, entry))
         if network is not None:
-            mask._check_network(network)
+            mask.check(network)
         return mask
 
     # --- belonging together
@@ -409,9 +409,18 @@ class Mask:
             if len(twice := [name for name in names if name in self]) > 1:
                 raise MismatchError(f"{' and '.join(twice)} are one tensor in the network, but two layers in the mask")
 
-    def _check_network(self, network: nn.Module) -> None:
+    def check(self, network: nn.Module, found: str | None = None) -> None:
+        """Refuse a network that the mask does not belong to.
+
+        Args:
+            network: the network.
+            found: its :func:`sublens.fingerprint`, if that is known already.
+
+        Raises:
+            MismatchError: names, shapes, weights or buffers differ.
+        """
         self._check_layers(network)
-        if (found := fingerprint(network)) != self._network:
+        if (found := found or fingerprint(network)) != self._network:
             raise MismatchError(
                 f"the mask belongs to network {self._network[:12]}, this one is {found[:12]}: names and shapes fit, "
                 "but weights or buffers differ. Load those that the mask was made for, or use mask.bind(network) to "
