@@ -119,6 +119,30 @@ def test_gradients_reach_the_inputs() -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_masked_weights_are_exact_and_written_in_place_without_gradients_only(dtype: torch.dtype) -> None:
+    network = nn.Linear(5, 4).to(dtype)
+    with torch.no_grad():
+        network.weight[0, 0], network.weight[1, 1] = float("inf"), -0.0
+    board = sl.Switchboard(network, masks(network))
+    x = torch.ones(2, 5, dtype=dtype)
+    with torch.no_grad():
+        for name, mask in board.masks.items():
+            board(name, x)
+            held = board._held[1]["weight"]
+            assert torch.equal(held, mask.apply(network).weight)  # type: ignore[arg-type]
+            assert not bool(torch.signbit(held[~mask["weight"]]).any())
+        pointer = held.data_ptr()
+        board("task 0", x)
+        assert board._held[1]["weight"].data_ptr() == pointer
+    x = x.requires_grad_()
+    out = board("task 0", x)
+    with torch.no_grad():
+        board("task 1", x)
+    out.nan_to_num().sum().backward()  # needs the weights of task 0
+    assert x.grad is not None
+
+
 def test_masks_come_and_go() -> None:
     network, x = mlp(), normal(5, 6)
     made = masks(network)
