@@ -64,14 +64,14 @@ def top_k(logits: Tensor, u: Tensor, step: int) -> Tensor:
 
 
 def n_of_m(logits: Tensor, u: Tensor, step: int) -> Tensor:
-    # Two of every four along the inputs, element by element.
+    # One of every three along the inputs, element by element.
     dim = 1 if logits.dim() > 1 and logits.shape[1] > 1 else 0
     rows = logits.detach().movedim(dim, -1).reshape(-1, logits.shape[dim]).tolist()
     hard = []
     for row in rows:
-        for start in range(0, len(row), 4):
-            run = row[start : start + 4]
-            hard += [float(sum(other > score for other in run) < 2) for score in run]
+        for start in range(0, len(row), 3):
+            run = row[start : start + 3]
+            hard += [float(sum(other > score for other in run) < 1) for score in run]
     shape = logits.movedim(dim, -1).shape
     return straight_through(torch.tensor(hard).view(shape).movedim(-1, dim), logits)
 
@@ -82,7 +82,7 @@ GATES: dict[str, tuple[sl.Gate, Oracle]] = {
     "ContinuousSparsification": (sl.ContinuousSparsification(steps=10), continuous_sparsification),
     "HardConcrete": (sl.HardConcrete(), hard_concrete),
     "Threshold": (sl.Threshold(), threshold),
-    "NOfM": (sl.NOfM(2, 4), n_of_m),
+    "NOfM": (sl.NOfM(1, 3), n_of_m),
     "TopK": (sl.TopK(0.3), top_k),
 }
 ALL = pytest.mark.parametrize("name", GATES)
