@@ -52,7 +52,7 @@ def template_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=sentences.percent, number=sentences.number)
+    environment.filters.update(percent=sentences.percent, number=sentences.number, capitalised=sentences.capitalised)
     return environment
 
 
@@ -65,16 +65,17 @@ def _draw(run: RunFolder) -> dict[str, Drawing]:
     for index, pair in enumerate(run.overlaps):
         name = _overlap_name(index)
         drawn[name] = figures.overlap_per_layer(pair, name, _repeats_of(run, pair))
-    for question, answer in run.answers.items():
-        for index, figure in enumerate(answer.figures):
-            name = _answer_name(question, index)
-            drawn[name] = draw(figure, name)
+    for kind, answers in (("answer", run.answers), ("analysis", run.analysis)):
+        for question, answer in answers.items():
+            for index, figure in enumerate(answer.figures):
+                name = _answer_name(kind, question, index)
+                drawn[name] = draw(figure, name)
     return {name: drawing for name, drawing in drawn.items() if drawing is not None}
 
 
-def _answer_name(question: str, index: int) -> str:
+def _answer_name(kind: str, question: str, index: int) -> str:
     # No other figure's name begins so; what a file may name its question is checked on reading.
-    return f"answer-{question}-{index + 1}"
+    return f"{kind}-{question}-{index + 1}"
 
 
 def _repeats_of(run: RunFolder, pair: Overlap) -> dict[str, Overlap]:
@@ -115,18 +116,19 @@ def _render(run: RunFolder, drawn: Mapping[str, Drawing]) -> str:
         kept_figure=figure("kept-per-layer", texts["kept"]),
         curves_figure=figure("curves", texts["curves"]),
         pairs=pairs,
-        answers=[_answer(question, answer, figure) for question, answer in run.answers.items()],
+        answers=[_answer("answer", question, answer, figure) for question, answer in run.answers.items()],
+        analysis=[_answer("analysis", question, answer, figure) for question, answer in run.analysis.items()],
         colours=COLOURS,
     )
 
 
-def _answer(question: str, answer: Answer, figure: Callable[[str, str], Markup | None]) -> dict[str, Any]:
+def _answer(kind: str, question: str, answer: Answer, figure: Callable[[str, str], Markup | None]) -> dict[str, Any]:
     """Return what the template shows of an answer."""
     return {
         "title": answer.title,
         "sentence": answer.sentence,
         "figures": [
-            (entry.title, figure(_answer_name(question, index), entry.title))
+            (entry.title, figure(_answer_name(kind, question, index), entry.title))
             for index, entry in enumerate(answer.figures)
         ],
         "tables": answer.tables,

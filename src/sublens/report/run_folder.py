@@ -14,6 +14,11 @@ from sublens.errors import FileError, StudyError
 Record = dict[str, float]
 """One line of the history: what was recorded at a step. ``step`` is always there."""
 
+PROPERTIES = {
+    "specialize": "P_specialize: different functions use different weights",
+    "reuse": "P_reuse: the same function uses the same weights",
+}
+
 MEASURES = ("iou", "iomin", "shared")
 
 
@@ -59,6 +64,15 @@ class Overlap:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What a run says of one property: "holds", "fails" or "undecided", and the sentence why."""
+
+    name: str
+    outcome: str
+    because: str
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """A finished run.
 
@@ -67,6 +81,8 @@ class RunFolder:
         repeats: task -> overlap of its mask with a second one, trained with another seed.
         confusion: who was asked (a mask's name or "network") -> told -> answered -> share in 0..1.
         answers: name of a question of the study -> its answer.
+        analysis: name of a question that every run asks -> its answer.
+        verdict: on each property of the paper; empty if none was given.
         history: mask's name -> its records, in order of steps.
     """
 
@@ -81,6 +97,8 @@ class RunFolder:
     repeats: dict[str, Overlap]
     confusion: dict[str, dict[str, dict[str, float]]]
     answers: dict[str, Answer]
+    analysis: dict[str, Answer]
+    verdict: dict[str, Verdict]
     history: dict[str, list[Record]]
 
 
@@ -111,6 +129,8 @@ def read(folder: Path) -> RunFolder:
             repeats=_repeats(result.get("repeats") or {}),
             confusion=_confusion(result.get("confusion") or {}),
             answers=_answers(result.get("answers") or {}),
+            analysis=_answers(result.get("analysis") or {}),
+            verdict=_verdicts(result.get("verdict") or {}),
             history=_history(folder / "history.jsonl", list(masks)),
         )
     except _Malformed as error:
@@ -206,6 +226,18 @@ def _answers(value: Any) -> dict[str, Answer]:
         except StudyError as error:
             raise _Malformed(f"the answer to {name} cannot be shown: {error}".rstrip(".")) from None
     return answers
+
+
+def _verdicts(value: Any) -> dict[str, Verdict]:
+    verdicts = {}
+    for key, name in PROPERTIES.items():
+        if key in _mapping(value, "verdict"):
+            entry = _mapping(value[key], f"verdict.{key}")
+            outcome, because = entry.get("verdict"), entry.get("because")
+            if outcome not in ("holds", "fails", "undecided") or not isinstance(because, str):
+                raise _Malformed(f"verdict.{key} is none")
+            verdicts[key] = Verdict(name, outcome, printable(because))
+    return verdicts
 
 
 def _printable_throughout(value: Any) -> Any:
