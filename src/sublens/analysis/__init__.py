@@ -16,8 +16,9 @@ from sublens.analysis.ablation import (
 from sublens.analysis.accuracy import accuracies, first_half, interrogate, measuring
 from sublens.analysis.chance import Distribution, shared_by_chance, total
 from sublens.analysis.overlap import overlap
-from sublens.analysis.stability import stability, t_interval
+from sublens.analysis.stability import stability
 from sublens.analysis.verdict import Evidence, gather, judge, retention, sharing_index
+from sublens.intervals import t_interval
 
 __all__ = [
     "FILLS",

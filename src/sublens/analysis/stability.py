@@ -1,35 +1,16 @@
-"""How much of a figure is the luck of a seed: intervals over repetitions, and over masks of the same task."""
+"""How much of a mask is the luck of a seed: how alike masks of the same task are."""
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from sublens.analysis.overlap import overlap
 from sublens.errors import SettingError
 from sublens.mask import Mask
 
 _RESAMPLES = 2000
-
-
-def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Return mean and Student's t interval of the mean over independent repetitions, such as runs of several seeds.
-
-    One value has no interval: its edges are infinite.
-
-    Raises:
-        SettingError: there are no values, or ``level`` is not in 0..1.
-    """
-    if not len(values) or not 0 < level < 1:
-        raise SettingError(f"An interval of level {level} over {len(values)} values cannot be had.")
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return mean, -math.inf, math.inf
-    half = float(stdtrit(len(values) - 1, (1 + level) / 2) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return mean, mean - half, mean + half
 
 
 def stability(masks: Sequence[Mask], *, level: float = 0.95, seed: int = 0) -> dict[str, Any]:

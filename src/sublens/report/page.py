@@ -33,14 +33,23 @@ def write_report(folder: Path | str) -> Path:
     page = _render(run, drawn)
     target = folder / "report.html"
     try:
-        (folder / "figures").mkdir(exist_ok=True)
-        for name, drawing in drawn.items():
-            (folder / "figures" / f"{name}.svg").write_text(drawing.svg, encoding="utf-8")
-            (folder / "figures" / f"{name}.pdf").write_bytes(drawing.pdf)
+        write_figures(drawn, folder)
         target.write_text(page, encoding="utf-8")
     except OSError as error:
         raise FileError(f"The report cannot be written to {folder}: {error.strerror}.") from error
     return target
+
+
+def write_figures(drawings: Mapping[str, Drawing], folder: Path) -> None:
+    """Write every figure as ``figures/NAME.svg`` and ``.pdf``.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, drawing in drawings.items():
+        (folder / "figures" / f"{name}.svg").write_text(drawing.svg, encoding="utf-8")
+        (folder / "figures" / f"{name}.pdf").write_bytes(drawing.pdf)
 
 
 def template_environment() -> Environment:

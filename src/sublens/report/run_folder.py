@@ -82,6 +82,7 @@ class RunFolder:
         confusion: who was asked (a mask's name or "network") -> told -> answered -> share in 0..1.
         answers: name of a question of the study -> its answer.
         analysis: name of a question that every run asks -> its answer.
+        sharing: names of two tasks ("add and mul") -> their sharing index.
         verdict: on each property of the paper; empty if none was given.
         history: mask's name -> its records, in order of steps.
     """
@@ -98,6 +99,7 @@ class RunFolder:
     confusion: dict[str, dict[str, dict[str, float]]]
     answers: dict[str, Answer]
     analysis: dict[str, Answer]
+    sharing: dict[str, float]
     verdict: dict[str, Verdict]
     history: dict[str, list[Record]]
 
@@ -130,6 +132,7 @@ def read(folder: Path) -> RunFolder:
             confusion=_confusion(result.get("confusion") or {}),
             answers=_answers(result.get("answers") or {}),
             analysis=_answers(result.get("analysis") or {}),
+            sharing=_sharing(_mapping(result.get("verdict") or {}, "verdict").get("pairs") or []),
             verdict=_verdicts(result.get("verdict") or {}),
             history=_history(folder / "history.jsonl", list(masks)),
         )
@@ -238,6 +241,21 @@ def _verdicts(value: Any) -> dict[str, Verdict]:
                 raise _Malformed(f"verdict.{key} is none")
             verdicts[key] = Verdict(name, outcome, printable(because))
     return verdicts
+
+
+def _sharing(value: Any) -> dict[str, float]:
+    if not isinstance(value, list):
+        raise _Malformed(f"verdict.pairs is {_kind(value)} instead of a list")
+    found = {}
+    for entry in value:
+        pair = _mapping(entry, "verdict.pairs")
+        tasks, index = pair.get("tasks"), pair.get("index")
+        if not isinstance(tasks, list) or len(tasks) != 2:
+            raise _Malformed("an entry of verdict.pairs does not name its two tasks")
+        if index is not None:
+            name = f"{printable(tasks[0])} and {printable(tasks[1])}"
+            found[name] = _number(_mapping(index, "index").get("mean"), "index.mean")
+    return found
 
 
 def _printable_throughout(value: Any) -> Any:
