@@ -279,6 +279,10 @@ def _show(folder: Path) -> None:
     console.print(table)
     for pair in run.overlaps:
         console.print(f"\n{sentences.overlap(pair, {})}")
+    for answer in run.answers.values():
+        console.print(f"\n{answer.title}\n{answer.sentence}")
+    for verdict in run.verdict.values():
+        console.print(f"\n{verdict.name}: {verdict.outcome}. {sentences.capitalised(verdict.because)}")
     if (folder / "report.html").is_file():
         console.print(f"\nReport: {folder / 'report.html'}", soft_wrap=True)
 

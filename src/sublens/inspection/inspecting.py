@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import sublens
-from sublens.analysis import accuracies, interrogate, measuring, overlap
+from sublens.analysis import accuracies, gather, interrogate, judge, measuring, overlap
 from sublens.answers import Answer
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
@@ -24,6 +24,8 @@ from sublens.groups import check_groups, group
 from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
 from sublens.inspection.network import load_network, prepared, save_network, train_network
 from sublens.mask import Mask
+from sublens.questions import Found, ask, keep_histogram
+from sublens.selection import match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
 
 CHECKPOINT_EVERY = 1000
@@ -80,7 +82,7 @@ def inspect(
         for name, task in _parts(study).items():
             masks[name] = _mask(study, task, name, net, masks.get(study.control.name), seed, folder, progress)
         clock = time.perf_counter()
-        answers = _answers(study, net, masks, seed)
+        answers = _answers(study, net, masks, seed, folder.keep_probabilities())
         seconds = {**folder.seconds(), "analysis": time.perf_counter() - clock}
         seconds["total"] = sum(seconds.values())
         rounded = {name: round(value, 2) for name, value in seconds.items()}
@@ -151,7 +153,7 @@ def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     plain = (
         "network_steps", "network_lr", "network_clip", "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
         "penalty", "keep", "samples", "biases", "batch_dim", "evaluate_every", "first_half", "repeated", "random_masks",
-        "functions", "from_control",
+        "functions", "compared", "from_control",
     )  # fmt: skip
     settings = {name: getattr(study, name) for name in plain}
     settings["where"] = study.where if study.where is None or isinstance(study.where, str) else _described(study.where)
@@ -227,6 +229,7 @@ def _mask(
         progress=f"mask {name}" if progress else False,
     )
     folder.finish(name, run.history, run.seconds)
+    folder.note_keep_probabilities(name, keep_histogram(run.logits))
     mask = run.mask
     if study.from_control and control is not None and task is not study.control:
         mask = mask.replace(control, study.from_control)
@@ -239,7 +242,9 @@ def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:
     return {task.name: task.metric for task in study.tasks}
 
 
-def _answers(study: Study, net: nn.Module, masks: dict[str, Mask], seed: int) -> dict[str, Any]:
+def _answers(
+    study: Study, net: nn.Module, masks: dict[str, Mask], seed: int, keep_probabilities: dict[str, list[int]]
+) -> dict[str, Any]:
     """Ask every question; see ``docs/studies.md`` for what each answer means."""
     metrics = _metrics(study)
     repeats = {name: masks[repeat_of(name)] for name in study.repeated}
@@ -279,9 +284,39 @@ def _answers(study: Study, net: nn.Module, masks: dict[str, Mask], seed: int) ->
     if study.confusion is not None:
         answers["confusion"] = {"network": _confusion(study, net, None)}
         answers["confusion"] |= {name: _confusion(study, net, mask) for name, mask in asked.items()}
+    answers["verdict"] = _verdict(study, masks, answers, seed)
+    found = Found(
+        network=answers["network"]["accuracy"],
+        masks=answers["masks"],
+        repeats={name: answers["repeats"][name]["accuracy"] for name in repeats},
+        confusion=answers.get("confusion", {}),
+        keep_probabilities={name: counts for name, counts in keep_probabilities.items() if name in asked},
+    )
+    everything = Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed)
+    answers["analysis"] = {name: answer.as_json() for name, answer in ask(everything, found).items()}
     if study.questions:
-        answers["answers"] = _asked_questions(Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed))
+        answers["answers"] = _asked_questions(everything)
     return answers
+
+
+def _verdict(study: Study, masks: dict[str, Mask], answers: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Judge the paper's two properties; the rule stands in ``sublens.analysis.verdict``."""
+    functions = {task.name: task.name for task in study.tasks} if study.functions is None else study.functions
+    layers = None if study.compared is None else match_names(study.compared, masks[study.control.name].names)
+    evidence = gather(
+        functions,
+        masks,
+        {name: masks[repeat_of(name)] for name in study.repeated},
+        {name: entry["accuracy"] for name, entry in answers["masks"].items()},
+        answers["network"]["accuracy"],
+        {
+            name: {task: band["mean"] for task, band in entry.get("random_accuracy", {}).items()}
+            for name, entry in answers["masks"].items()
+        },
+        layers=layers,
+        seed=seed_from(seed, "verdict") % 2**32,
+    )
+    return judge(evidence)
 
 
 def _asked_questions(asked: Asked) -> dict[str, Any]:
