@@ -1,0 +1,56 @@
+"""Hugging Face's Trainer: a mask on a classifier of theirs. The weights here are random; yours come from from_pretrained."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+import sublens as sl
+
+
+class Masked(nn.Module):
+    """What Trainer wants: keyword arguments in, an output whose `loss` is minimised."""
+
+    def __init__(self, network: nn.Module, alpha: float) -> None:
+        super().__init__()
+        self.masked, self.alpha = sl.MaskedNetwork(network, samples=4, seed=0), alpha
+
+    def forward(self, input_ids: Tensor, labels: Tensor):
+        output = self.masked(input_ids=input_ids, labels=labels)
+        if self.training:
+            output["loss"] = output.loss + self.masked.penalty(self.alpha)
+        return output
+
+
+class Sentences(Dataset):
+    """Which half of the vocabulary is the first token of?"""
+
+    def __init__(self, count: int) -> None:
+        self.tokens = torch.randint(100, (count, 8), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index], "labels": (self.tokens[index, 0] >= 50).long()}
+
+
+def main(steps: int = 150, folder: str = "trainer") -> sl.Mask:
+    config = BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=128, max_position_embeddings=8)  # fmt: skip
+    torch.manual_seed(0)
+    model = Masked(BertForSequenceClassification(config), alpha=1e-7)
+    arguments = TrainingArguments(
+        folder, max_steps=steps, per_device_train_batch_size=64, learning_rate=0.1, lr_scheduler_type="linear",
+        use_cpu=True, report_to=[], save_strategy="no", logging_steps=50, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Sentences(4096), eval_dataset=Sentences(512))
+    trainer.train()
+    mask = model.masked.mask()
+    print(f"{mask.kept:.1%} of the weights kept, loss {trainer.evaluate()['eval_loss']:.3f}")
+    mask.apply(model.masked.network).save_pretrained(f"{folder}/masked")  # loads without sublens
+    return mask
+
+
+if __name__ == "__main__":
+    main()
