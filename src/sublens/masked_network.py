@@ -44,7 +44,7 @@ class MaskedNetwork(nn.Module):
         network: any trained module.
         keep: keep probability that all gates start from, strictly between 0 and 1 (the paper's text says 0.9; its code
             starts from a logit of 2.0, which is 0.881). :class:`sublens.TopK` has its own start.
-        samples: number K of samples per step, 1 or more (the paper: 4, or 8).
+        samples: number K of samples per step, 1 or more (the paper: 4, or 8). A gate without noise has one.
         seed: names the noise; any integer.
         where: which parameters are masked, see :func:`sublens.select`.
         biases: also mask the biases of the modules whose weights are masked.
@@ -129,7 +129,7 @@ class MaskedNetwork(nn.Module):
         Raises:
             MismatchError: the network has changed since.
         """
-        return Mask.from_logits(self._decisions(), self.fingerprint)
+        return Mask.from_logits(self.decisions(), self.fingerprint)
 
     def penalty(self, alpha: float, kind: Penalty = "logits") -> Tensor:
         """What pushes gates shut, times ``alpha``; add it to the loss.
@@ -151,8 +151,11 @@ class MaskedNetwork(nn.Module):
             )
         if kind not in get_args(Penalty):
             raise SettingError(f"The penalty {kind!r} does not exist; there are 'logits' and 'expected'.")
-        step = max(self.step - 1, 0)
-        return alpha * torch.stack([self.gate.penalty(logits, kind, step) for logits in self.logits.values()]).sum()
+        if alpha == 0:
+            return torch.zeros((), device=next(iter(self.logits.values())).device, requires_grad=True)
+        step, logits = max(self.step - 1, 0), self.logits
+        gates = self.gate.across(logits)
+        return alpha * torch.stack([gates[name].penalty(layer, kind, step) for name, layer in logits.items()]).sum()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own output, for its own arguments, with sampled gates (training) or the mask (evaluation).
@@ -163,7 +166,7 @@ class MaskedNetwork(nn.Module):
             CutGraphError: at the first training call, the network's output does not depend on any logit.
         """
         if not self.training:
-            kept = {name: binarise(decision) for name, decision in self._decisions().items()}
+            kept = {name: binarise(decision) for name, decision in self.decisions().items()}
             return self._call(lambda name, w: torch.where(kept[name], w, w.new_zeros(())), args, kwargs)
         with torch.no_grad():
             for logits in self.logits.values():
@@ -177,11 +180,13 @@ class MaskedNetwork(nn.Module):
         self._check_first_call(output)
         return output
 
-    def _decisions(self) -> dict[str, Tensor]:
-        return {name: self.gate.decision(logits.detach()) for name, logits in self.logits.items()}
+    def decisions(self) -> dict[str, Tensor]:
+        """What the mask is read from, as it stands: name -> float32 of the logits' shape; kept iff above 0."""
+        logits = {name: layer.detach() for name, layer in self.logits.items()}
+        return {name: gate.decision(logits[name]) for name, gate in self.gate.across(logits).items()}
 
     def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.samples == 1:
+        if self.samples == 1 or not self.gate.noisy:
             return self._call(self._gated(step, 0), args, kwargs)
         batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(self.samples)
@@ -233,10 +238,11 @@ class MaskedNetwork(nn.Module):
 
     def _gated(self, step: int, sample: int) -> Any:
         logits = self.logits
+        gates = self.gate.across(logits)
 
         def put(name: str, weight: Tensor) -> Tensor:
             draw = Draw(self.seed, step, sample, self._ids[name])
-            gated: Tensor = _Gated.apply(logits[name], weight, self.gate, draw)
+            gated: Tensor = _Gated.apply(logits[name], weight, gates[name], draw)
             return gated
 
         return put
