@@ -31,6 +31,11 @@ _BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "recurrent",
             "The same in a recurrent network (LSTM) that is shown the problem for three steps.",
         ),
+        "probe": (
+            "sublens.studies.probe",
+            "study",
+            "Number and tense in a pretrained sentence encoder (needs sublens[probe]): which weights make them readable?",
+        ),
     }
 )
 
