@@ -14,7 +14,7 @@ def main(steps: int = 60, backend: str = "inductor") -> sl.Mask:
     y = x[:, :4].argmax(dim=1)
 
     masked = sl.MaskedNetwork(torch.compile(network, backend=backend), samples=4, seed=0)
-    optimizer = torch.optim.Adam(masked.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(masked.parameters(), lr=0.2)
     for step in range(steps):
         chosen = torch.arange(128 * step, 128 * (step + 1)) % len(x)
         loss = cross_entropy(masked(x[chosen]), y[chosen]) + masked.penalty(1e-6)

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: a mask on a classifier of theirs. The weights here are random; yours come from from_pretrained."""
+"""Hugging Face's Trainer trains a classifier, and then a mask on it."""
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Masked(nn.Module):
 
 
 class Sentences(Dataset):
-    """Which half of the vocabulary is the first token of?"""
+    """Is the first token of the upper half of the vocabulary?"""
 
     def __init__(self, count: int) -> None:
         self.tokens = torch.randint(100, (count, 8), generator=torch.Generator().manual_seed(0))
@@ -35,20 +35,26 @@ class Sentences(Dataset):
         return {"input_ids": self.tokens[index], "labels": (self.tokens[index, 0] >= 50).long()}
 
 
-def main(steps: int = 150, folder: str = "trainer") -> sl.Mask:
-    config = BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=128, max_position_embeddings=8)  # fmt: skip
-    torch.manual_seed(0)
-    model = Masked(BertForSequenceClassification(config), alpha=1e-7)
+def train(model: nn.Module, steps: int, lr: float) -> float:
     arguments = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=64, learning_rate=0.1, lr_scheduler_type="linear",
-        use_cpu=True, report_to=[], save_strategy="no", logging_steps=50, disable_tqdm=True,
+        "trainer", max_steps=steps, per_device_train_batch_size=64, learning_rate=lr, use_cpu=True, report_to=[],
+        save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=Sentences(4096), eval_dataset=Sentences(512))
     trainer.train()
-    mask = model.masked.mask()
-    print(f"{mask.kept:.1%} of the weights kept, loss {trainer.evaluate()['eval_loss']:.3f}")
-    mask.apply(model.masked.network).save_pretrained(f"{folder}/masked")  # loads without sublens
+    return trainer.evaluate()["eval_loss"]
+
+
+def main(steps: int = 100) -> sl.Mask:
+    torch.manual_seed(0)
+    network = BertForSequenceClassification(BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=128, max_position_embeddings=8))  # fmt: skip
+    print(f"the whole network's loss: {train(network, steps, lr=2e-3):.3f}")
+    masking = Masked(network, alpha=1e-7)
+    loss = train(masking, steps, lr=0.1)
+    mask = masking.masked.mask()
+    print(f"{mask.kept:.1%} of the weights kept, loss {loss:.3f}")
+    mask.apply(network).save_pretrained("trainer/masked")  # loads without sublens
     return mask
 
 

@@ -1,4 +1,4 @@
-"""A loop of your own: DataLoader workers, mixed precision, gradient accumulation, a schedule, a learning rate per layer."""
+"""A loop of your own: DataLoader workers, mixed precision, gradient accumulation, a schedule, a rate for each layer."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ def main(steps: int = 60, workers: int = 2) -> sl.Mask:
 
     masked = sl.MaskedNetwork(network, samples=4, seed=0)
     first, *others = masked.logits.values()  # name -> logits, so any grouping is a few lines
-    optimizer = torch.optim.Adam([{"params": [first], "lr": 0.05}, {"params": others, "lr": 0.1}])
+    optimizer = torch.optim.Adam([{"params": [first], "lr": 0.1}, {"params": others, "lr": 0.2}])
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=steps)
 
     accumulate, done = 2, 0

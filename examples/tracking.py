@@ -26,7 +26,9 @@ def main(steps: int = 200) -> sl.Run:
 
     with SummaryWriter("runs/mask") as writer:
 
-        def log(record):  # a tracker's own call takes the place of add_scalar: wandb.log(record), mlflow.log_metrics(...)
+        def log(
+            record,
+        ):  # a tracker's own call takes the place of add_scalar: wandb.log(record), mlflow.log_metrics(...)
             for name, value in record.items():
                 if name != "step" and value is not None:
                     writer.add_scalar(name, value, record["step"])

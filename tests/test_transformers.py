@@ -150,7 +150,7 @@ def test_a_cache_cannot_be_joined_and_says_so_when_it_is_used():
     masked = sl.MaskedNetwork(gpt2(), samples=K)
     output = masked(**tokens())  # use_cache is on by default
     assert output.logits.shape == (B, T, VOCABULARY)
-    with pytest.raises(sl.BatchError, match="DynamicCache.*cannot be joined"):
+    with pytest.raises(sl.BatchError, match=r"DynamicCache.*cannot be joined"):
         output.past_key_values.get_seq_length()
     assert masked(**tokens(), use_cache=False).past_key_values is None
     assert masked.eval()(**tokens()).past_key_values.get_seq_length() == T

@@ -220,7 +220,7 @@ _PLAIN = bool | int | float | complex | str | bytes
 
 
 class Unjoined:
-    """Stands in an output for objects of the chunks that cannot be joined, for as long as nobody asks anything of it."""
+    """Stands in an output for objects of the chunks that cannot be joined, as long as nobody asks anything of it."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind

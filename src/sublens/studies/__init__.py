@@ -34,7 +34,7 @@ _BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "probe": (
             "sublens.studies.probe",
             "study",
-            "Number and tense in a pretrained sentence encoder (needs sublens[probe]): which weights make them readable?",
+            "Number and tense in a pretrained sentence encoder: which weights make them readable? (sublens[probe])",
         ),
     }
 )

@@ -125,20 +125,18 @@ class _World:
     def _tests(self) -> tuple[tuple[dict[str, Tensor], Tensor], ...]:
         # The same sentences for every seed of a run; they are no sentences of the training but by accident.
         return tuple(
-            self.batch(draw(words, self.test_sentences, torch.Generator().manual_seed(seed_from("probe", "test", turn))))
+            self.batch(
+                draw(words, self.test_sentences, torch.Generator().manual_seed(seed_from("probe", "test", turn)))
+            )
             for turn, words in enumerate(self._words)
         )
 
     def accuracy(self, net: nn.Module, label: str, *, unseen: bool = False) -> float:
         inputs, labels = self._tests[int(unseen)]
         column = self.labels.index(label)
+        parts = zip(*(inputs[name].split(200) for name in ("input_ids", "attention_mask")), strict=True)
         with torch.no_grad():
-            scores = torch.cat(
-                [
-                    net(input_ids=ids, attention_mask=there)[:, column]
-                    for ids, there in zip(inputs["input_ids"].split(200), inputs["attention_mask"].split(200), strict=True)
-                ]
-            )
+            scores = torch.cat([net(input_ids=ids, attention_mask=there)[:, column] for ids, there in parts])
         return ((scores > 0) == (labels[:, column] > 0.5)).double().mean().item()
 
     def task(self, name: str, labels: Sequence[str]) -> Task:

@@ -130,7 +130,9 @@ def draw(words: Words, count: int, generator: torch.Generator) -> Sentences:
         first, second = (words.adjectives[a[n]] + " " if a[n] != "" else "" for a in adjectives)
         texts.append(f"the {first}{subject} {verb} the {second}{thing}.")
         carriers.append((subject, verb, thing))
-    labels = {name: torch.tensor(values).float() for name, values in zip(PROPERTIES, (plural, past, other), strict=True)}
+    labels = {
+        name: torch.tensor(values).float() for name, values in zip(PROPERTIES, (plural, past, other), strict=True)
+    }
     by_lot = {
         name: torch.tensor([float(lot(name, forms[place])) for forms in carriers])
         for place, name in enumerate(PROPERTIES)
