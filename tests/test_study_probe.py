@@ -99,7 +99,7 @@ def test_a_small_run_answers_whether_the_property_or_the_words_are_read(tmp_path
     import sublens as sl
     from sublens.studies import probe
 
-    monkeypatch.setitem(probe._PRESETS["quick"], "test_sentences", 40)
+    monkeypatch.setitem(probe._PRESETS["quick"], "test_sentences", 10)
     study = dataclasses.replace(
         studies.load("probe"),
         network_steps=2,
@@ -117,7 +117,7 @@ def test_a_small_run_answers_whether_the_property_or_the_words_are_read(tmp_path
         for source in ("whole", "mask")
         for what in ("accuracy", "unseen", "words")
     }
-    assert all(math.isclose(value * 40, round(value * 40)) for value in numbers.values())
+    assert all(math.isclose(value * 10, round(value * 10)) for value in numbers.values())
     assert numbers["number.mask.accuracy"] == result["masks"]["number"]["accuracy"]["number"]
     assert numbers["tense.mask.words"] == result["masks"]["tense-words"]["accuracy"]["tense-words"]
     assert numbers["tense.whole.accuracy"] == result["network"]["accuracy"]["tense"]

