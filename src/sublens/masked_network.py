@@ -131,8 +131,8 @@ class MaskedNetwork(nn.Module):
         """
         return Mask.from_logits(self.decisions(), self.fingerprint)
 
-    def penalty(self, alpha: float, kind: Penalty = "logits") -> Tensor:
-        """What pushes gates shut, times ``alpha``; add it to the loss.
+    def penalty(self, alpha: float | Mapping[str, float], kind: Penalty = "logits") -> Tensor:
+        """What pushes gates shut, times ``alpha`` (of each masked parameter, if they are given); add it to the loss.
 
         ``"logits"`` is the paper's sum of all logits (section 2; its alpha is divided by the batch size there, not
         here). It cannot run away, since every training call puts the logits back within their bound of -10 to 10.
@@ -145,17 +145,22 @@ class MaskedNetwork(nn.Module):
         Raises:
             SettingError: ``alpha`` is negative or not finite, or ``kind`` is unknown.
         """
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise SettingError(
-                f"alpha is {alpha}; it must be a finite number of 0 or more. A negative one opens gates."
-            )
+        logits = self.logits
+        alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(logits, alpha)
+        if alphas.keys() != logits.keys():
+            raise SettingError(f"alpha has values for {sorted(alphas)}; masked are {sorted(logits)}.")
+        for value in alphas.values():
+            if not (math.isfinite(value) and value >= 0):
+                raise SettingError(
+                    f"alpha is {value}; it must be a finite number of 0 or more. A negative one opens gates."
+                )
         if kind not in get_args(Penalty):
             raise SettingError(f"The penalty {kind!r} does not exist; there are 'logits' and 'expected'.")
-        if alpha == 0:
-            return torch.zeros((), device=next(iter(self.logits.values())).device, requires_grad=True)
-        step, logits = max(self.step - 1, 0), self.logits
-        gates = self.gate.across(logits)
-        return alpha * torch.stack([gates[name].penalty(layer, kind, step) for name, layer in logits.items()]).sum()
+        if not any(alphas.values()):
+            return torch.zeros((), device=next(iter(logits.values())).device, requires_grad=True)
+        step, gates = max(self.step - 1, 0), self.gate.across(logits)
+        parts = [alphas[name] * gates[name].penalty(layer, kind, step) for name, layer in logits.items()]
+        return torch.stack(parts).sum()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own output, for its own arguments, with sampled gates (training) or the mask (evaluation).
@@ -179,6 +184,11 @@ class MaskedNetwork(nn.Module):
             output = self._sampled(step, args, kwargs)
         self._check_first_call(output)
         return output
+
+    def keep_probabilities(self) -> dict[str, Tensor]:
+        """How likely each element was to be open in the last training call: name -> float32 of the logits' shape."""
+        step, logits = max(self.step - 1, 0), {name: layer.detach() for name, layer in self.logits.items()}
+        return {name: gate.keep_probability(logits[name], step) for name, gate in self.gate.across(logits).items()}
 
     def decisions(self) -> dict[str, Tensor]:
         """What the mask is read from, as it stands: name -> float32 of the logits' shape; kept iff above 0."""
@@ -258,7 +268,7 @@ class MaskedNetwork(nn.Module):
         copies: dict[int, Tensor] = {}
         for name, buffer in self.network.named_buffers(remove_duplicate=False):
             tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-        with _at_rest(self.network):
+        with at_rest(self.network):
             return functional_call(self.network, tensors, args, kwargs, strict=True)
 
     def _check_first_call(self, output: Any) -> None:
@@ -352,7 +362,7 @@ class _Gated(torch.autograd.Function):
 
 
 @contextmanager
-def _at_rest(network: nn.Module) -> Iterator[None]:
+def at_rest(network: nn.Module) -> Iterator[None]:
     """The network's modules in evaluation mode; what calls change in them is put back."""
     modules = list(network.modules())
     training = [m for m in modules if m.training]

@@ -250,7 +250,7 @@ def join(outputs: Sequence[Any], sizes: Sequence[int], axes: Axes) -> Any:
     parts = [flatten(output)[0] for output in outputs]
     rebuild = flatten(outputs[0])[1]
     total = sum(sizes)
-    joined = []
+    joined: list[Any] = []
     for axis, leaves in zip(axes, zip(*parts, strict=True), strict=True):
         head = leaves[0]
         if axis is not None:

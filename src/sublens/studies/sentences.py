@@ -118,17 +118,19 @@ def draw(words: Words, count: int, generator: torch.Generator) -> Sentences:
     def pick(size: int) -> list[int]:
         return torch.randint(size, (count,), generator=generator).tolist()
 
+    def adjective() -> list[str]:
+        which, there = pick(len(words.adjectives)), pick(2)
+        return [f"{words.adjectives[w]} " if t else "" for w, t in zip(which, there, strict=True)]
+
     plural, past, other = pick(2), pick(2), pick(2)
     subjects, verbs, objects = pick(len(words.nouns)), pick(len(words.verbs)), pick(len(words.nouns))
-    adjectives = [[word if there else "" for word, there in zip(pick(len(words.adjectives)), pick(2), strict=True)]
-                  for _ in range(2)]  # fmt: skip
+    first, second = adjective(), adjective()
     texts, carriers = [], []
     for n in range(count):
         subject = words.nouns[subjects[n]][plural[n]]
         verb = words.verbs[verbs[n]][2 if past[n] else plural[n]]
         thing = words.nouns[objects[n]][other[n]]
-        first, second = (words.adjectives[a[n]] + " " if a[n] != "" else "" for a in adjectives)
-        texts.append(f"the {first}{subject} {verb} the {second}{thing}.")
+        texts.append(f"the {first[n]}{subject} {verb} the {second[n]}{thing}.")
         carriers.append((subject, verb, thing))
     labels = {
         name: torch.tensor(values).float() for name, values in zip(PROPERTIES, (plural, past, other), strict=True)
