@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import sublens as sl
@@ -22,17 +21,10 @@ class Masked(nn.Module):
         return output
 
 
-class Sentences(Dataset):
+def sentences(count: int) -> list[dict[str, Tensor]]:
     """Is the first token of the upper half of the vocabulary?"""
-
-    def __init__(self, count: int) -> None:
-        self.tokens = torch.randint(100, (count, 8), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens[index], "labels": (self.tokens[index, 0] >= 50).long()}
+    tokens = torch.randint(100, (count, 8), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": (row[0] >= 50).long()} for row in tokens]
 
 
 def train(model: nn.Module, steps: int, lr: float) -> float:
@@ -40,15 +32,15 @@ def train(model: nn.Module, steps: int, lr: float) -> float:
         "trainer", max_steps=steps, per_device_train_batch_size=64, learning_rate=lr, use_cpu=True, report_to=[],
         save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=Sentences(4096), eval_dataset=Sentences(512))
+    trainer = Trainer(model, arguments, train_dataset=sentences(4096), eval_dataset=sentences(512))
     trainer.train()
     return trainer.evaluate()["eval_loss"]
 
 
 def main(steps: int = 100) -> sl.Mask:
     torch.manual_seed(0)
-    network = BertForSequenceClassification(BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2,
-        num_attention_heads=4, intermediate_size=128, max_position_embeddings=8))  # fmt: skip
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    network = BertForSequenceClassification(BertConfig(vocab_size=100, max_position_embeddings=8, **sizes))
     print(f"the whole network's loss: {train(network, steps, lr=2e-3):.3f}")
     masking = Masked(network, alpha=1e-7)
     loss = train(masking, steps, lr=0.1)
