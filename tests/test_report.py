@@ -290,8 +290,8 @@ def test_answers_stand_beside_their_sentences(tmp_path):
 
 def test_the_verdict_stands_on_top(run):
     seen = page(run)
-    assert "different weights: holds. Add and mul share 0.41 of it." in " ".join(seen.text.split())
-    assert "the same weights: undecided. No two tasks <ask> the same." in " ".join(seen.text.split())
+    assert "different weights): holds. Add and mul share 0.41 of it." in " ".join(seen.text.split())
+    assert "the same weights): undecided. No two tasks <ask> the same." in " ".join(seen.text.split())
     assert seen.text.index("Verdict") < seen.text.index(ANSWERS["bars"].title) < seen.text.index("Weights kept")
     assert read(run).sharing == {"add and mul": 0.41}
 
