@@ -116,6 +116,7 @@ class Study:
         samples: draws per step.
         where: what is masked (see ``sublens.select``); ``None`` is every weight outside embeddings and normalisation.
         biases: mask the selected layers' biases too.
+        groups: what shares a logit (see ``docs/groups.md``); by default each weight has its own.
         batch_dim: dimension of the network's inputs and outputs that counts the examples.
         evaluate_every: steps between two measurements of all tasks during training.
         first_half: names of the masked parameters that make up the first half of the layers; ``None`` takes the first
@@ -161,6 +162,7 @@ class Study:
     samples: int = 4
     where: Any = None
     biases: bool = False
+    groups: Any = "weight"
     batch_dim: int = 0
     evaluate_every: int = 1000
     first_half: Sequence[str] | None = None

@@ -31,7 +31,7 @@ from sublens.study import Study
 # the study's own function. batch_size is not among the fields: the tasks' batches would not follow it.
 _INSPECT = ("seed", "steps", "samples", "alpha")
 _FIELDS = (
-    "network_steps", "network_lr", "network_clip", "mask_lr", "mask_clip", "penalty", "keep", "biases",
+    "network_steps", "network_lr", "network_clip", "mask_lr", "mask_clip", "penalty", "keep", "biases", "groups",
     "evaluate_every", "random_masks",
 )  # fmt: skip
 _LONGEST = 150  # characters of a folder's name; file systems allow 255 bytes

@@ -20,6 +20,7 @@ from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
 from sublens.fit.batches import random_state_kept, seed_torch
 from sublens.fit.settings import Record
+from sublens.groups import check_groups, group
 from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
 from sublens.inspection.network import load_network, prepared, save_network, train_network
 from sublens.mask import Mask
@@ -39,6 +40,7 @@ def inspect(
     steps: int | None = None,
     samples: int | None = None,
     alpha: float | None = None,
+    groups: Any = None,
     resume: bool = False,
     network: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -56,6 +58,7 @@ def inspect(
         steps: training steps of each mask, instead of the study's.
         samples: draws per step, instead of the study's.
         alpha: weight of the penalty before the division by the batch size, instead of the study's.
+        groups: what shares a logit, instead of the study's.
         resume: go on with the run in ``out``, if there is one. Finished parts are not done again.
         network: file of weights (``.safetensors``, ``.pt``, ``.pth``); the network is then not trained.
         progress: whether to show how far the training is.
@@ -70,7 +73,7 @@ def inspect(
         FileError: a file cannot be read or written.
     """
     weights = None if network is None else Path(network)
-    study, config = _asked(study, seed, steps, samples, alpha, weights)
+    study, config = _asked(study, seed, steps, samples, alpha, groups, weights)
     folder = Folder(default_folder(study, seed) if out is None else Path(out), config, resume=resume)
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
     if result is None:
@@ -101,6 +104,7 @@ def progress_of(
     steps: int | None = None,
     samples: int | None = None,
     alpha: float | None = None,
+    groups: Any = None,
     network: str | os.PathLike[str] | None = None,
 ) -> Literal["new", "begun", "finished"]:
     """Return how far the run that :func:`inspect` would make of these arguments has come in ``out``.
@@ -111,7 +115,7 @@ def progress_of(
         FileError: a file cannot be read.
     """
     weights = None if network is None else Path(network)
-    _, config = _asked(study, seed, steps, samples, alpha, weights)
+    _, config = _asked(study, seed, steps, samples, alpha, groups, weights)
     path = Path(out)
     if not is_used(path):
         return "new"
@@ -119,15 +123,22 @@ def progress_of(
 
 
 def _asked(
-    study: Study, seed: int, steps: int | None, samples: int | None, alpha: float | None, weights: Path | None
+    study: Study,
+    seed: int,
+    steps: int | None,
+    samples: int | None,
+    alpha: float | None,
+    groups: Any,
+    weights: Path | None,
 ) -> tuple[Study, dict[str, Any]]:
     """Return the study with what was asked put in, and everything that the run depends on."""
     if not isinstance(study, Study):
         raise StudyError(f"inspect takes a sublens.Study, such as study() returns, not a {type(study).__name__}.")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise SettingError(f"seed={seed!r} must be a whole number from 0 to 2**63-1.")
-    changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha}
+    changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha, "groups": groups}
     study = dataclasses.replace(study, **{name: value for name, value in changes.items() if value is not None})
+    check_groups(study.groups)
     return study, _config(study, seed, None if weights is None else hash_of(weights))
 
 
@@ -146,6 +157,7 @@ def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     )  # fmt: skip
     settings = {name: getattr(study, name) for name in plain}
     settings["where"] = study.where if study.where is None or isinstance(study.where, str) else _described(study.where)
+    settings["groups"] = _described(study.groups)
     settings["tasks"] = [task.name for task in study.tasks]
     settings["control"] = study.control.name
     settings["questions"] = list(study.questions)
@@ -158,7 +170,9 @@ def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
 def _described(where: Any) -> Any:
     if isinstance(where, (list, tuple)):
         return [_described(item) for item in where]
-    return where if isinstance(where, str) else getattr(where, "__qualname__", type(where).__qualname__)
+    return (
+        where if isinstance(where, (str, int, type(None))) else getattr(where, "__qualname__", type(where).__qualname__)
+    )
 
 
 def _network(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
@@ -203,6 +217,7 @@ def _mask(
         seed=part_seed,
         where=study.where,
         biases=study.biases,
+        groups=study.groups,
         batch_dim=study.batch_dim,
         lr=study.mask_lr,
         clip=study.mask_clip,
@@ -234,8 +249,11 @@ def _answers(
     metrics = _metrics(study)
     repeats = {name: masks[repeat_of(name)] for name in study.repeated}
     asked = {name: masks[name] for name in (study.control.name, *metrics)}
+    groupings = group(net, study.where, study.biases, study.groups)
+    # What is chosen together counts once, or chance would be taken for much narrower than it is.
+    units = {name: mask.by_group(groupings) for name, mask in masks.items()}
     overlaps = [
-        {"masks": [first, second], **overlap(masks[first], masks[second])} for first, second in combinations(metrics, 2)
+        {"masks": [first, second], **overlap(units[first], units[second])} for first, second in combinations(metrics, 2)
     ]
     answers: dict[str, Any] = {
         "network": {"accuracy": accuracies(net, metrics)},
@@ -247,6 +265,7 @@ def _answers(
                 half=study.first_half,
                 draws=study.random_masks,
                 seed=seed_from(seed, name, "random"),
+                groupings=groupings,
             )
             for name, mask in asked.items()
         },
@@ -255,7 +274,7 @@ def _answers(
             name: {
                 "accuracy": accuracies(net, metrics, mask),
                 "kept": mask.kept,
-                "overlap": {"masks": [name, repeat_of(name)], **overlap(masks[name], mask)},
+                "overlap": {"masks": [name, repeat_of(name)], **overlap(units[name], units[repeat_of(name)])},
             }
             for name, mask in repeats.items()
         },
