@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, get_args
@@ -182,7 +182,7 @@ class MaskedNetwork(nn.Module):
 
     def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.samples == 1:
-            return self._call(self._gated(step, 0), args, kwargs)
+            return self._one_sample(step, args, kwargs)
         batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(self.samples)
         sizes = [stop - start for start, stop in pairwise(bounds)]
@@ -190,6 +190,10 @@ class MaskedNetwork(nn.Module):
         kind = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in batch.leaves)
         if kind not in self._axes:
             self._axes[kind] = self._output_axes(batch, sizes[0])
+        if linear_route.per_example(self.network) and self.batch_dim == 0 and batch.size % self.samples == 0:
+            output = self._whole_batch(step, kind, args, kwargs)
+            if output is not None:
+                return output
         outputs = self._all_at_once(step, batch, kind)
         if outputs is None:
             outputs = [self._call(self._gated(step, k), *batch.part(*span)) for k, span in enumerate(pairwise(bounds))]
@@ -206,30 +210,55 @@ class MaskedNetwork(nn.Module):
             first, second = (self._call(_plain, *batch.part(0, count, copy=True)) for count in (size, other))
         return output_axes(first, size, second, other, batch_leads=self.batch_dim == 0)
 
+    def _one_sample(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in flatten((args, kwargs))[0])
+        output = self._whole_batch(step, kind, args, kwargs)
+        return output if output is not None else self._call(self._gated(step, 0), args, kwargs)
+
+    def _whole_batch(self, step: int, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of one call by the linear route, or ``None`` where that route does not apply."""
+        if kind not in self._general:
+            # On copies, so that a network which writes into its input, and then cannot go this way, does so once.
+            leaves, rebuild = flatten((args, kwargs))
+            args, kwargs = rebuild([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        return self._by_linear_layers(kind, lambda: self._call(self._put(step, self.samples), args, kwargs))
+
     def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
         """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
-        logits = self.logits
-        if kind not in self._general and not linear_route.applies(self.network, logits, self.gate):
-            self._general[kind] = True
-        # Under autocast the general route: the blocked product has one precision.
-        if self._general.get(kind) or batch.size % self.samples or torch.is_autocast_enabled("cpu"):
+        if batch.size % self.samples:
             return None
 
-        def put(name: str, weight: Tensor) -> Tensor:
-            return linear_route.GatedWeight(logits[name], weight, Draw(self.seed, step, 0, self._ids[name]))
-
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self._call(put, args, kwargs)
+            return self._call(self._put(step, 0), args, kwargs)
 
+        copy = kind not in self._general
+        return self._by_linear_layers(kind, lambda: linear_route.over_chunks(call, batch, self.samples, copy=copy))
+
+    def _by_linear_layers(self, kind: Hashable, call: Callable[[], Any]) -> Any:
+        """What ``call`` returns, or ``None`` if this kind of call has to go the general route."""
+        if kind not in self._general and not linear_route.applies(self.network, self.logits, self.gate):
+            self._general[kind] = True
+        # Under autocast the general route: the blocked product has one precision.
+        if self._general.get(kind) or torch.is_autocast_enabled("cpu"):
+            return None
         try:
-            outputs = linear_route.over_chunks(call, batch, self.samples, copy=kind not in self._general)
+            outputs = call()
         except Exception:
-            # vmap does not take this network, or not this kind of call. The general route decides: if it fails too, its
+            # The network, or this kind of call, cannot go this way. The general route decides: if it fails too, its
             # error is the network's own and is the one to be seen.
             self._general[kind] = True
             return None
         self._general[kind] = False
         return outputs
+
+    def _put(self, step: int, chunks: int) -> Any:
+        logits = self.logits
+
+        def put(name: str, weight: Tensor) -> Tensor:
+            draw = Draw(self.seed, step, 0, self._ids[name])
+            return linear_route.GatedWeight(logits[name], weight, draw, chunks)
+
+        return put
 
     def _gated(self, step: int, sample: int) -> Any:
         logits = self.logits

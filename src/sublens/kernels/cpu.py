@@ -2,13 +2,15 @@
 
 import functools
 import logging
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sublens.kernels import threads
+from sublens.kernels import reference, threads
+from sublens.kernels.reference import LOGIT_BOUND
 from sublens.noise import Draw
 
 _SMALL = 32_768
@@ -18,12 +20,41 @@ log = logging.getLogger("sublens")
 
 
 @functools.cache
-def _loops() -> Any:
+def loops() -> Any:
+    """The compiled loops."""
     # Imported at first use: Numba takes a second to load, and the first time ever some ten to compile.
     log.info("sublens: loading the fused CPU kernels (the first time on a machine they are compiled, then cached)")
-    from sublens.kernels import loops
+    from sublens.kernels import loops as compiled
 
-    return loops
+    return compiled
+
+
+def name(p: "np.ndarray", draw: Draw) -> None:
+    """Write what names a draw into the fields that a loop is given."""
+    compiled = loops()
+    p[compiled.KEY : compiled.KEY + 4] = draw.key()
+    p[compiled.COUNTER : compiled.COUNTER + 3] = (draw.sample, *draw.counter()[1:])
+
+
+@functools.cache
+def agrees() -> bool:
+    """Whether the loops, as they are compiled here, give the reference's samples bit for bit.
+
+    They are checked once in each process: code that was compiled on another processor or from other files and then
+    found in a cache, or a compiler that fuses what must be rounded, would otherwise change masks without a word.
+    """
+    draw = Draw(seed=1, step=2, sample=3, parameter=4)
+    logits = torch.linspace(-LOGIT_BOUND, LOGIT_BOUND, 1500)
+    weight = torch.linspace(1, 2, 1500)
+    found = torch.empty(1500)
+    walk(weight, logits, draw, masked=found)
+    same = torch.equal(found, reference.masked(weight, logits, draw)) and sys.byteorder == "little"
+    if not same:
+        log.warning(
+            "sublens: the fused CPU kernels do not give the reference's samples on this machine and are not used. Remove "
+            "Numba's cache (the __pycache__ of sublens/kernels) if another version of sublens was here before."
+        )
+    return same
 
 
 def applies(weight: Tensor, logits: Tensor) -> bool:
@@ -33,7 +64,11 @@ def applies(weight: Tensor, logits: Tensor) -> bool:
     inside a function transform, lazily negated ones), go the reference's way.
     """
     return (
-        not torch.compiler.is_compiling() and weight.numel() > 0 and _has_plain_data(weight) and _has_plain_data(logits)
+        not torch.compiler.is_compiling()
+        and weight.numel() > 0
+        and _has_plain_data(weight)
+        and _has_plain_data(logits)
+        and agrees()
     )
 
 
@@ -75,12 +110,12 @@ def walk(
         begin: first element of the run; the run's length is that of ``masked`` or ``gradient`` over ``samples``.
         samples: number of samples K.
     """
-    loops = _loops()
+    compiled = loops()
     like = masked if masked is not None else gradient
     if like is None:
         raise ValueError("walk() has nothing to do: give masked, or gradient and result.")
     count = like.numel() // samples
-    p = np.empty(loops.FIELDS, np.int64)
+    p = np.empty(compiled.FIELDS, np.int64)
     p[:10] = (
         0,
         weight.data_ptr() + 4 * begin,
@@ -93,9 +128,8 @@ def walk(
         samples,
         count,
     )
-    p[10:14] = draw.key()
-    p[14:17] = (draw.sample, *draw.counter()[1:])
-    threads.run(loops.walk.address, p.ctypes.data, parallel=count * samples >= _SMALL)
+    name(p, draw)
+    threads.run(compiled.walk.address, p.ctypes.data, parallel=count * samples >= _SMALL)
 
 
 def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
