@@ -358,6 +358,43 @@ limits_of, limits_and_odds_of = _gates(False), _gates(True)
 
 
 @intrinsic
+def squares_of(typingctx: Any, address: Any, count: Any, constant: Any) -> Any:
+    """Sum of the squares of ``count`` float32 numbers, a multiple of CHAINS * WIDTH, each with the constant added."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        address, count, constant = args
+        constant = _spread(b, _FLOATS, constant)
+        nothing = ir.Constant(_FLOATS, [0.0] * WIDTH)
+        before, loop, after = b.block, b.append_basic_block("squares"), b.append_basic_block("squared")
+        b.cbranch(b.icmp_signed(">", count, _int(0)), loop, after)
+        b.position_at_end(loop)
+        j, sums = b.phi(_I64), [b.phi(_FLOATS) for _ in range(CHAINS)]
+        j.add_incoming(_int(0), before)
+        new = []
+        for i, total in enumerate(sums):
+            total.add_incoming(nothing, before)
+            x = _load(b, _FLOATS, b.add(address, b.mul(b.add(j, _int(WIDTH * i)), _int(4))))
+            x = b.fadd(x, constant)
+            new.append(b.fadd(b.fmul(x, x, flags=_FUSE), total, flags=_FUSE))
+            total.add_incoming(new[-1], loop)
+        following = b.add(j, _int(CHAINS * WIDTH))
+        j.add_incoming(following, loop)
+        b.cbranch(b.icmp_signed("<", following, count), loop, after)
+        b.position_at_end(after)
+        finals = [b.phi(_FLOATS) for _ in new]
+        for final, value in zip(finals, new, strict=True):
+            final.add_incoming(nothing, before)
+            final.add_incoming(value, loop)
+        whole = ir.Constant(_F32, 0.0)
+        for final in finals:
+            for lane in range(WIDTH):
+                whole = b.fadd(whole, b.extract_element(final, ir.Constant(_I32, lane)))
+        return whole
+
+    return types.float32(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
 def transpose(typingctx: Any, source: Any, source_r: Any, target: Any, target_r: Any) -> Any:
     """Write the transpose of an 8 x 8 block of float32; rows are contiguous in both."""
 
