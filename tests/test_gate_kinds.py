@@ -56,10 +56,11 @@ def continuous_sparsification(logits: Tensor, u: Tensor, step: int) -> Tensor:
 
 
 def top_k(logits: Tensor, u: Tensor, step: int) -> Tensor:
-    order = sorted(range(logits.numel()), key=logits.flatten().tolist().__getitem__)
+    scores = logits.abs()
+    order = sorted(range(logits.numel()), key=scores.flatten().tolist().__getitem__)
     hard = torch.ones(logits.numel())
     hard[order[: logits.numel() - round(0.3 * logits.numel())]] = 0
-    return straight_through(hard.view(logits.shape), logits)
+    return straight_through(hard.view(logits.shape), scores)
 
 
 GATES: dict[str, tuple[sl.Gate, Oracle]] = {
@@ -135,7 +136,7 @@ def test_every_gate_in_every_module(name: str, module: str) -> None:
 
     exact = {key: logits.detach().double().requires_grad_() for key, logits in masked.logits.items()}
     parts = []
-    for k, (start, stop) in enumerate(pairwise((0, 2, 4, 6))):
+    for k, (start, stop) in enumerate(pairwise((0, 2, 4, 6) if gate.noisy else (0, 6))):
         weights = {key: value.detach().double() for key, value in network.named_parameters()}
         for key, logits in exact.items():
             draw = Draw(seed=7, step=4, sample=k, parameter=parameter_id(key))
@@ -164,8 +165,9 @@ def test_every_gate_trains_resumes_and_is_found_sound(name: str, tmp_path: Path)
 
     def run(steps: int, folder: Path) -> sl.Run:
         return sl.fit(
-            network, lambda step: x, lambda net, batch: net(batch).square().mean(), steps=steps, alpha=1e-3,
-            penalty="expected", samples=2, gate=gate, lr=0.3, folder=folder, resume=True, progress=False,
+            network, lambda step: x, lambda net, batch: net(batch).square().mean(), steps=steps,
+            alpha=0.0 if isinstance(gate, sl.TopK) else 1e-3, penalty="expected", samples=2, gate=gate, lr=0.3,
+            folder=folder, resume=True, progress=False,
         )  # fmt: skip
 
     whole = run(6, tmp_path / "whole")
@@ -178,7 +180,10 @@ def test_every_gate_trains_resumes_and_is_found_sound(name: str, tmp_path: Path)
     masked = sl.MaskedNetwork(network, samples=2, gate=gate)
     masked.load_state_dict({"logits_tree.weight": whole.logits["weight"]})
     optimizer = torch.optim.Adam(masked.parameters(), lr=1e-2)
-    diagnosis = sl.diagnose(masked(x).square().mean() + masked.penalty(1e-3, "expected"), masked, optimizer)
+    loss = masked(x).square().mean()
+    if not isinstance(gate, sl.TopK):
+        loss = loss + masked.penalty(1e-3, "expected")
+    diagnosis = sl.diagnose(loss, masked, optimizer)
     assert diagnosis.findings == ()
 
 
@@ -306,11 +311,62 @@ def test_top_k_keeps_its_fraction_of_each_parameter(fraction: float, kept: int) 
     masked = sl.MaskedNetwork(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)), gate=gate, samples=1)
     assert all(layer.kept == pytest.approx(kept / 30) for layer in map(masked_part(masked), masked.logits))
     assert int((gate.decision(torch.zeros(5, 6)) > 0).flatten()[:kept].sum()) == kept  # ties: the earlier ones
+
+
+def test_top_k_of_all_together_lets_parameters_compete() -> None:
+    network = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 7), nn.Linear(7, 2))
+    masked = sl.MaskedNetwork(network, gate=sl.TopK(0.4, per_layer=False), samples=1)
+    with torch.no_grad():
+        for index, logits in enumerate(masked.logits.values()):
+            logits.copy_(torch.randint(-20, 20, logits.shape, generator=torch.Generator().manual_seed(index)) / 10)
+        list(masked.logits.values())[2].mul_(1e-3)
+    scores = torch.cat([logits.detach().abs().flatten() for logits in masked.logits.values()]).tolist()
+    # Many are equal: the earlier ones, in the network's order, are kept.
+    first = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: round(0.4 * 79)]
+    kept = torch.zeros(79, dtype=torch.bool)
+    kept[first] = True
+    mask = masked.mask()
+    assert torch.equal(torch.cat([mask[name].flatten() for name in mask.names]), kept)
+    assert mask.kept_counts()["2.weight"] == 0
+    x = normal(8, 6)
+    training = masked(x)
+    torch.testing.assert_close(training, masked.eval()(x))
+    training.square().sum().backward()
+    # Closed elements have a gradient too, and so can return: here all of the last layer.
+    last = masked.logits["2.weight"].grad
+    assert last is not None
+    assert bool(last.any())
+
+
+def test_a_penalty_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
+    masked = sl.MaskedNetwork(nn.Linear(6, 5), gate=sl.TopK())
     for kind in ("logits", "expected"):
-        penalty = masked.penalty(0.5, kind)  # type: ignore[arg-type]
-        penalty.backward()
-        assert float(penalty.detach()) == 0.5 * 2 * kept
-    assert all(logits.grad is not None and not bool(logits.grad.any()) for logits in masked.logits.values())
+        with pytest.raises(SettingError, match=r"TopK\(fraction=0\.5, per_layer=True\) keeps .* Set alpha=0"):
+            masked.penalty(0.5, kind)  # type: ignore[arg-type]
+        assert float(masked.penalty(0.0, kind).detach()) == 0  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="Set alpha=0"):
+        sl.fit(nn.Linear(6, 5), [normal(8, 6)], lambda net, x: net(x).mean(), steps=2, alpha=1e-3, gate=sl.TopK(),
+               folder=tmp_path / "run", progress=False)  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+@ALL
+def test_a_gate_without_noise_has_one_sample(name: str) -> None:
+    gate, _ = GATES[name]
+    calls: list[int] = []
+
+    class Counted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return super().forward(x)
+
+    # The reference path for all: the route of linear layers calls the network once for all samples.
+    masked = sl.MaskedNetwork(Counted(6, 5), gate=gate, samples=4, biases=True, keep=0.6)
+    masked(normal(3, 6) if name in ("Threshold", "ContinuousSparsification", "TopK") else normal(8, 6))
+    calls.clear()
+    masked(normal(8, 6))
+    assert (calls == [8]) == (not gate.noisy)
+    assert gate.noisy == (name not in ("Threshold", "ContinuousSparsification", "TopK"))
 
 
 def masked_part(masked: sl.MaskedNetwork) -> Callable[[str], sl.Mask]:

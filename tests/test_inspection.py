@@ -1,5 +1,6 @@
 """``inspect`` from end to end, on a study that takes seconds."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from sublens.answers import Answer
 from sublens.errors import FileError, MismatchError, NonFiniteError, SettingError, StudyError
 from sublens.inspection import default_folder, inspect, inspecting
 from sublens.inspection import network as network_module
 from sublens.mask import Mask
 from sublens.storage import load_weights
-from sublens.study import Study, Task, seed_from
+from sublens.study import Asked, Study, Task, seed_from
 
 STEPS = 60
 
@@ -173,6 +175,64 @@ def test_the_network_trains_in_training_mode_and_is_masked_in_evaluation_mode(tm
 
     run(tmp_path / "run", make_study(network=lambda seed: Watched(4, 4).eval(), network_steps=3, mask_steps=2))
     assert seen == {"whole": {True}, "masked": {False}}
+
+
+def test_a_study_asks_questions_of_its_own(tmp_path: Path) -> None:
+    seen: list[Asked] = []
+
+    def question(asked: Asked) -> Answer:
+        seen.append(asked)
+        x = torch.rand(()).item()
+        return Answer(
+            title="How much is kept?", sentence="This much.", numbers={"x": x, "kept": asked.masks["low"].kept}
+        )
+
+    study = make_study(mask_steps=2, network_steps=2, questions={"first": question, "second": question})
+    result = run(tmp_path / "run", study)
+    assert result["answers"] == json.loads((tmp_path / "run" / "result.json").read_text())["answers"]
+    assert list(result["answers"]) == ["first", "second"]
+    first, second = (Answer.from_json(answer).numbers for answer in result["answers"].values())
+    assert first and second and first["kept"] == result["masks"]["low"]["kept"]
+    assert first["x"] != second["x"]
+    assert list(seen[0].masks) == ["both", "low", "high", "low-repeat"]
+    assert set(seen[0].metrics) == {"low", "high"}
+    assert not any(module.training for module in seen[0].network.modules())
+    assert (seen[0].seed, seen[0].study.mask_steps) == (0, 2)
+    assert run(tmp_path / "again", study)["answers"] == result["answers"]
+    with pytest.raises(StudyError, match="second returned a str, not a"):
+        run(tmp_path / "wrong", dataclasses.replace(study, questions={"first": question, "second": lambda asked: "x"}))
+
+
+def test_masks_take_layers_over_from_the_control(tmp_path: Path) -> None:
+    run(tmp_path / "run", make_study(mask_steps=40, network_steps=2, from_control=["3.weight"]))
+    masks = {path.stem: Mask.load(path) for path in (tmp_path / "run" / "masks").iterdir()}
+    for name in ("low", "high", "low-repeat"):
+        assert torch.equal(masks[name]["3.weight"], masks["both"]["3.weight"])
+        assert not torch.equal(masks[name]["0.weight"], masks["both"]["0.weight"])
+
+
+def test_a_network_is_prepared_once_before_its_masks_are_trained(tmp_path: Path) -> None:
+    calls = 0
+
+    def prepare(network: nn.Module) -> nn.Module:
+        nonlocal calls
+        calls += 1
+        last = network.get_submodule("3")
+        assert isinstance(last, nn.Linear)
+        last.weight[2:] = last.weight[:2]  # no gradient is asked for here
+        return network
+
+    out, study = tmp_path / "run", make_study(mask_steps=2, network_steps=2, prepare=prepare)
+    run(out, study)
+    weights = load_weights(out / "network.safetensors")
+    assert torch.equal(weights["3.weight"][2:], weights["3.weight"][:2])
+    (out / "result.json").unlink()
+    run(out, study, resume=True)
+    assert calls == 1
+    with pytest.raises(StudyError, match="changed the names or shapes"):
+        run(tmp_path / "other", dataclasses.replace(study, prepare=lambda network: nn.Linear(4, 4)))
+    with pytest.raises(StudyError, match="returned a NoneType"):
+        run(tmp_path / "none", dataclasses.replace(study, prepare=lambda network: None))
 
 
 def test_nothing_global_is_changed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sublens import FileError
+from sublens.answers import Answer, Bars, Histogram, Lines, Matrix, Picture, Series, Spread, Table
 from sublens.report import figures, read, sentences, write_report
 
 SIZES = {"layers.0.weight": 16_800, "layers.1.weight": 160_000, "layers.2.weight": 80_000, "layers.3.weight": 4_000}
@@ -55,6 +56,30 @@ def overlap_values(size: int, first: float, second: float, both: float) -> dict[
 
 def answers(add: float, mul: float) -> dict[str, float]:
     return {"add": add, "mul": mul, "neither": 1 - add - mul}
+
+
+def answer(figure: Any, *tables: Table) -> Answer:
+    return Answer(title=f"The question of {figure.title}", sentence="The answer.", figures=[figure], tables=tables)
+
+
+SERIES = [
+    Series(name="on add", values=[0.98, Spread(0.97, 0.93, 0.99), None], chance=[0.01, Spread(0.1, 0.02, 0.2), None]),
+    Series(name="on mul", values=[0.11, 0.52, 0.3]),
+]
+ANSWERS = {
+    "bars": answer(Bars(title="bars", label="accuracy", groups=["all", "add", "mul"], series=SERIES)),
+    "lines": answer(
+        Lines(title="lines", label="kept", x_label="alpha", x=[1e-5, 1e-4, 1e-3], log=True, series=SERIES),
+        Table(title="a table", columns=["what", "n", "share"], rows=[["some", 3, 0.25], ["none", None, 0]],
+              percent=["share"]),
+    ),
+    "named-lines": answer(Lines(title="named", label="kept", x_label="part", x=["a", "b", "c"], series=SERIES)),
+    "histogram": answer(Histogram(title="bins", label="gates", x_label="p", edges=[0, 0.1, 0.5, 1], series=SERIES)),
+    "matrix": answer(Matrix(title="m", row_label="of", column_label="on", rows=["a", "b"], columns=["x", "y"],
+                            values=[[0.1, None], [-0.2, 1]], diverging=True)),
+    "picture": answer(Picture(title="p", row_label="out", column_label="in", masks=["add", "mul"],
+                              cells=["0123", "3210", "0003"])),
+}  # fmt: skip
 
 
 def result() -> dict[str, Any]:
@@ -109,6 +134,10 @@ def result() -> dict[str, Any]:
     }
 
 
+def result_with_answers() -> dict[str, Any]:
+    return {**result(), "answers": {name: answer.as_json() for name, answer in ANSWERS.items()}}
+
+
 def history() -> list[dict[str, Any]]:
     lines = []
     for name, end in (("all", 0.446), ("add", 0.289), ("mul", 0.434)):
@@ -138,7 +167,7 @@ def folder_of(path: Path, content: dict[str, Any], lines: list[dict[str, Any]] |
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    return folder_of(tmp_path / "run", result(), history())
+    return folder_of(tmp_path / "run", result_with_answers(), history())
 
 
 class Page(HTMLParser):
@@ -165,31 +194,36 @@ def page(folder: Path) -> Page:
 
 def test_the_page_needs_nothing_else(run):
     seen = page(run)
-    assert not {"script", "link", "img", "iframe", "object", "image"} & set(seen.tags)
+    assert not {"script", "link", "img", "iframe", "object"} & set(seen.tags)
     for name, value in seen.attributes:
         if name in ("href", "src", "xlink:href"):
-            assert value is not None and value.startswith("#"), value
+            assert value is not None and value.startswith(("#", "data:image/png;base64,")), value
     text = (run / "report.html").read_text(encoding="utf-8")
+    assert seen.tags.count("image") == text.count("data:image/png") == 1
     assert not re.search(r"@import|url\((?!#)", text)
     ids = [value for name, value in seen.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    for reference in re.findall(r"url\(#([^)]+)\)", text) + [v[1:] for n, v in seen.attributes if n == "href" and v]:
+    for reference in re.findall(r"url\(#([^)]+)\)", text) + [
+        v[1:] for n, v in seen.attributes if n == "href" and v and v.startswith("#")
+    ]:
         assert reference in ids
 
 
 def test_figures_are_files_too_and_well_formed(run):
     page(run)
+    names = {"curves", "kept-per-layer", "overlap-per-layer", *(f"answer-{kind}-1" for kind in ANSWERS)}
     assert {path.name for path in (run / "figures").iterdir()} == {
-        "curves.svg",
-        "kept-per-layer.svg",
-        "overlap-per-layer.svg",
+        f"{name}.{kind}" for name in names for kind in ("svg", "pdf")
     }
     for path in (run / "figures").iterdir():
-        assert ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        if path.suffix == ".pdf":
+            assert path.read_bytes().startswith(b"%PDF-")
+        else:
+            assert ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
-def test_the_same_run_gives_the_same_bytes(run, tmp_path):
-    other = folder_of(tmp_path / "other", result(), history())
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    run, other = (folder_of(tmp_path / name, result(), history()) for name in ("run", "other"))
     assert write_report(run).read_bytes() == write_report(other).read_bytes()
     for path in (run / "figures").iterdir():
         assert path.read_bytes() == (other / "figures" / path.name).read_bytes()
@@ -216,7 +250,7 @@ def test_text_from_files_is_escaped(tmp_path, name):
     seen = page(folder)
     assert "script" not in seen.tags
     assert f"{EVIL}{name}" in seen.text
-    for path in (folder / "figures").iterdir():
+    for path in (folder / "figures").glob("*.svg"):
         tags = {element.tag.rpartition("}")[2] for element in ET.parse(path).iter()}
         assert "script" not in tags
         text = "".join(ET.parse(path).getroot().itertext())
@@ -232,6 +266,14 @@ def test_characters_that_cannot_be_shown_are_replaced(tmp_path):
     seen = page(folder_of(tmp_path / "run", renamed(result(), names), renamed(history(), names)))
     assert "a\ufffdb\ufffdc\ufffdd" in seen.text
     assert "_足し算 mask" in seen.text
+
+
+def test_answers_stand_beside_their_sentences(tmp_path):
+    seen = page(folder_of(tmp_path / "run", result_with_answers()))
+    for name, shown in ANSWERS.items():
+        assert shown.title in seen.text, name
+    assert seen.tags.count("figure") >= len(ANSWERS)
+    assert re.search(r"some\s*3\s*25.0\s%\s*none\s*\u2013\s*0.0\s%", seen.text)
 
 
 def test_every_sentence_follows_its_numbers(tmp_path):
@@ -303,7 +345,7 @@ def test_many_pairs_have_a_section_each(tmp_path):
 
 
 def damaged(change: Any) -> dict[str, Any]:
-    content = result()
+    content = result_with_answers()
     change(content)
     return content
 
@@ -321,6 +363,11 @@ def damaged(change: Any) -> dict[str, Any]:
         (json.dumps(damaged(lambda c: c["masks"]["add"]["accuracy"].update(add=None))), "accuracy.add is missing"),
         (json.dumps(damaged(lambda c: c["overlap"].pop("masks"))), "does not name its two masks"),
         (json.dumps(damaged(lambda c: c["overlap"]["chance"].update(iou=[]))), "iou is a list"),
+        (
+            json.dumps(damaged(lambda c: c["answers"].update(bars={}))),
+            "the answer to bars cannot be shown: Answer: lacks",
+        ),
+        (json.dumps(damaged(lambda c: c["answers"].update({"../x": {}}))), "'../x' cannot be the name of a question"),
         (json.dumps(damaged(lambda c: c.update(confusion={"add": {"add": 1}}))), "confusion.add.add is a number"),
     ],
 )
@@ -358,4 +405,4 @@ def test_the_report_does_not_load_torch(run):
 
 
 if __name__ == "__main__":  # python tests/test_report.py FOLDER: the page of the run above, to be looked at
-    print(write_report(folder_of(Path(sys.argv[1]), result(), history())))
+    print(write_report(folder_of(Path(sys.argv[1]), result_with_answers(), history())))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
     from sublens.masked_network import MaskedNetwork
+    from sublens.reference_masks import attribution_mask, magnitude_mask, random_mask
     from sublens.selection import select
     from sublens.study import Study, Task
 
@@ -58,10 +59,13 @@ __all__ = [
     "Task",
     "Threshold",
     "TopK",
+    "attribution_mask",
     "diagnose",
     "fingerprint",
     "fit",
     "inspect",
+    "magnitude_mask",
+    "random_mask",
     "select",
 ]
 
@@ -81,10 +85,13 @@ _ROOM_OF = {
     "Task": "study",
     "Threshold": "gates",
     "TopK": "gates",
+    "attribution_mask": "reference_masks",
     "diagnose": "diagnosis",
     "fingerprint": "mask",
     "fit": "fit",
     "inspect": "inspection",
+    "magnitude_mask": "reference_masks",
+    "random_mask": "reference_masks",
     "select": "selection",
 }
 

@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from sublens.gates import Gate, GumbelSigmoid, Penalty
 from sublens.kernels import LOGIT_BOUND
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
+from sublens.redrawing import Redrawing
 from sublens.selection import Where, select, tied_names
 from sublens.splitting import Axes, Batch, flatten, join, output_axes
 
@@ -44,7 +46,7 @@ class MaskedNetwork(nn.Module):
         network: any trained module.
         keep: keep probability that all gates start from, strictly between 0 and 1 (the paper's text says 0.9; its code
             starts from a logit of 2.0, which is 0.881). :class:`sublens.TopK` has its own start.
-        samples: number K of samples per step, 1 or more (the paper: 4, or 8).
+        samples: number K of samples per step, 1 or more (the paper: 4, or 8). A gate without noise has one.
         seed: names the noise; any integer.
         where: which parameters are masked, see :func:`sublens.select`.
         biases: also mask the biases of the modules whose weights are masked.
@@ -91,6 +93,8 @@ class MaskedNetwork(nn.Module):
         self._fingerprint = fingerprint(network)
         self._axes: dict[Hashable, Axes] = {}
         self._seen_a_gradient = False
+        self._penalised = False  # whether the penalty needs the sums of logits
+        self._sums: list[tuple[Tensor, int]] | None = None
         self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
         self.logits_tree = nn.Module()
         for name, parameter in selected.items():
@@ -129,7 +133,7 @@ class MaskedNetwork(nn.Module):
         Raises:
             MismatchError: the network has changed since.
         """
-        return Mask.from_logits(self._decisions(), self.fingerprint)
+        return Mask.from_logits(self.decisions(), self.fingerprint)
 
     def penalty(self, alpha: float, kind: Penalty = "logits") -> Tensor:
         """What pushes gates shut, times ``alpha``; add it to the loss.
@@ -151,8 +155,24 @@ class MaskedNetwork(nn.Module):
             )
         if kind not in get_args(Penalty):
             raise SettingError(f"The penalty {kind!r} does not exist; there are 'logits' and 'expected'.")
-        step = max(self.step - 1, 0)
-        return alpha * torch.stack([self.gate.penalty(logits, kind, step) for logits in self.logits.values()]).sum()
+        if alpha == 0:
+            return torch.zeros((), device=next(iter(self.logits.values())).device, requires_grad=True)
+        step, logits = max(self.step - 1, 0), self.logits
+        gates = self.gate.across(logits)
+        return alpha * torch.stack([gates[name].penalty(layer, kind, step) for name, layer in logits.items()]).sum()
+
+    def _summed(self) -> list[tuple[Tensor, int]]:
+        """Sum and version of each parameter's logits."""
+        return [(logits.sum(), logits._version) for logits in self.logits.values()]
+
+    def _sums_now(self) -> list[tuple[Tensor, int]]:
+        # Those of the last training call, if nothing has changed since. They stand before that call in the graph, so
+        # their backward comes after the call's: a dense gradient is there by then, and theirs, one number for all
+        # logits, is added to it in place. The other way round PyTorch would first write it out.
+        sums, logits = self._sums, self.logits.values()
+        if sums is not None and all(old == now._version for (_, old), now in zip(sums, logits, strict=True)):
+            return sums
+        return self._summed()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own output, for its own arguments, with sampled gates (training) or the mask (evaluation).
@@ -163,12 +183,13 @@ class MaskedNetwork(nn.Module):
             CutGraphError: at the first training call, the network's output does not depend on any logit.
         """
         if not self.training:
-            kept = {name: binarise(decision) for name, decision in self._decisions().items()}
+            kept = {name: binarise(decision) for name, decision in self.decisions().items()}
             return self._call(lambda name, w: torch.where(kept[name], w, w.new_zeros(())), args, kwargs)
         with torch.no_grad():
             for logits in self.logits.values():
                 # Through .data: values within the bound do not change, so graphs of earlier calls stay valid.
                 logits.data.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+        self._sums = self._summed() if self._penalised and torch.is_grad_enabled() else None
         step, self.step = self.step, self.step + 1
         if self._seen_a_gradient:
             return self._sampled(step, args, kwargs)
@@ -177,11 +198,13 @@ class MaskedNetwork(nn.Module):
         self._check_first_call(output)
         return output
 
-    def _decisions(self) -> dict[str, Tensor]:
-        return {name: self.gate.decision(logits.detach()) for name, logits in self.logits.items()}
+    def decisions(self) -> dict[str, Tensor]:
+        """What the mask is read from, as it stands: name -> float32 of the logits' shape; kept iff above 0."""
+        logits = {name: layer.detach() for name, layer in self.logits.items()}
+        return {name: gate.decision(logits[name]) for name, gate in self.gate.across(logits).items()}
 
     def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.samples == 1:
+        if self.samples == 1 or not self.gate.noisy:
             return self._one_sample(step, args, kwargs)
         batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(self.samples)
@@ -191,12 +214,12 @@ class MaskedNetwork(nn.Module):
         if kind not in self._axes:
             self._axes[kind] = self._output_axes(batch, sizes[0])
         if linear_route.per_example(self.network) and self.batch_dim == 0 and batch.size % self.samples == 0:
-            output = self._whole_batch(step, kind, args, kwargs)
+            output = self._whole_batch(step, self.samples, kind, args, kwargs)
             if output is not None:
                 return output
         outputs = self._all_at_once(step, batch, kind)
         if outputs is None:
-            outputs = [self._call(self._gated(step, k), *batch.part(*span)) for k, span in enumerate(pairwise(bounds))]
+            outputs = [self._by_chunk(step, k, *batch.part(*span)) for k, span in enumerate(pairwise(bounds))]
         return join(outputs, sizes, self._axes[kind])
 
     def _output_axes(self, batch: Batch, size: int) -> Axes:
@@ -212,37 +235,48 @@ class MaskedNetwork(nn.Module):
 
     def _one_sample(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in flatten((args, kwargs))[0])
-        output = self._whole_batch(step, kind, args, kwargs)
-        return output if output is not None else self._call(self._gated(step, 0), args, kwargs)
+        output = self._whole_batch(step, 1, kind, args, kwargs)
+        return output if output is not None else self._by_chunk(step, 0, args, kwargs)
 
-    def _whole_batch(self, step: int, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _whole_batch(
+        self, step: int, chunks: int, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The output of one call by the linear route, or ``None`` where that route does not apply."""
-        if kind not in self._general:
-            # On copies, so that a network which writes into its input, and then cannot go this way, does so once.
+
+        def call(copy: bool) -> Any:
             leaves, rebuild = flatten((args, kwargs))
-            args, kwargs = rebuild([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
-        return self._by_linear_layers(kind, lambda: self._call(self._put(step, self.samples), args, kwargs))
+            copied = [leaf.clone() if copy and isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return self._call(self._put(step, chunks), *rebuild(copied))
+
+        return self._by_linear_layers(kind, call)
 
     def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
         """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
         if batch.size % self.samples:
             return None
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self._call(self._put(step, 0), args, kwargs)
+        def call(copy: bool) -> Any:
+            def network(*args: Any, **kwargs: Any) -> Any:
+                return self._call(self._put(step, 0), args, kwargs)
 
-        copy = kind not in self._general
-        return self._by_linear_layers(kind, lambda: linear_route.over_chunks(call, batch, self.samples, copy=copy))
+            return linear_route.over_chunks(network, batch, self.samples, copy=copy)
 
-    def _by_linear_layers(self, kind: Hashable, call: Callable[[], Any]) -> Any:
-        """What ``call`` returns, or ``None`` if this kind of call has to go the general route."""
-        if kind not in self._general and not linear_route.applies(self.network, self.logits, self.gate):
+        return self._by_linear_layers(kind, call)
+
+    def _by_linear_layers(self, kind: Hashable, call: Callable[[bool], Any]) -> Any:
+        """What ``call`` returns, or ``None`` if this kind of call has to go the general route.
+
+        The first call of a kind is told to use copies of the inputs: a network that writes into its input, and then
+        cannot go this way after all, must do so once.
+        """
+        first = kind not in self._general
+        if first and not linear_route.applies(self.network, self.logits, self.gate):
             self._general[kind] = True
         # Under autocast the general route: the blocked product has one precision.
         if self._general.get(kind) or torch.is_autocast_enabled("cpu"):
             return None
         try:
-            outputs = call()
+            outputs = call(first)
         except Exception:
             # The network, or this kind of call, cannot go this way. The general route decides: if it fails too, its
             # error is the network's own and is the one to be seen.
@@ -260,17 +294,31 @@ class MaskedNetwork(nn.Module):
 
         return put
 
-    def _gated(self, step: int, sample: int) -> Any:
+    def _by_chunk(self, step: int, sample: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The general route: the network's output for one chunk, under one draw of whole masked weights."""
         logits = self.logits
+        gates = self.gate.across(logits)
+        redrawing = Redrawing()
 
         def put(name: str, weight: Tensor) -> Tensor:
-            draw = Draw(self.seed, step, sample, self._ids[name])
-            gated: Tensor = _Gated.apply(logits[name], weight, self.gate, draw)
+            gate, draw = gates[name], Draw(self.seed, step, sample, self._ids[name])
+            gated: Tensor = _Gated.apply(logits[name], weight, gate, draw, redrawing, name)
+            # The logits as they are in this call: an optimizer may change them in place before the backward pass.
+            redrawing.add(name, gated, lambda: gate.masked(weight, logits[name].detach(), draw))
             return gated
 
-        return put
+        try:
+            return self._call(put, args, kwargs, redrawing.hooks)
+        finally:
+            redrawing.called()
 
-    def _call(self, put: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self,
+        put: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Any:
         """Call the network with ``put(name, weight)`` in place of each masked weight."""
         tensors: dict[str, Tensor] = {}
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
@@ -281,7 +329,7 @@ class MaskedNetwork(nn.Module):
         copies: dict[int, Tensor] = {}
         for name, buffer in self.network.named_buffers(remove_duplicate=False):
             tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-        with _at_rest(self.network):
+        with _at_rest(self.network), around():
             return functional_call(self.network, tensors, args, kwargs, strict=True)
 
     def _check_first_call(self, output: Any) -> None:
@@ -363,15 +411,18 @@ class _Gated(torch.autograd.Function):
     """A masked weight for one draw. Keeps the logits and the weight for the backward pass, no sample and no noise."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, weight: Tensor, gate: Gate, draw: Draw) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, logits: Tensor, weight: Tensor, gate: Gate, draw: Draw, redrawing: Redrawing, name: str
+    ) -> Tensor:
         ctx.save_for_backward(logits, weight)
-        ctx.gate, ctx.draw = gate, draw  # type: ignore[attr-defined]
+        ctx.gate, ctx.draw, ctx.done = gate, draw, partial(redrawing.done, name)  # type: ignore[attr-defined]
         return gate.masked(weight, logits.detach(), draw)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+        ctx.done()
         logits, weight = ctx.saved_tensors
-        return ctx.gate.logit_gradient(gradient, weight, logits.detach(), ctx.draw), None, None, None
+        return ctx.gate.logit_gradient(gradient, weight, logits.detach(), ctx.draw), None, None, None, None, None
 
 
 @contextmanager

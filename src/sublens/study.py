@@ -7,22 +7,21 @@ imports no torch, so that a list of studies costs nothing.
 import hashlib
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sublens.answers import NAME, Answer
 from sublens.errors import StudyError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from sublens.mask import Mask
+
 PAPER_KEEP = 1 / (1 + math.exp(-2.0))
 """Keep probability all gates start with in the paper's code: a logit of 2.0, a probability of 0.88."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
 
 _TAKEN = {"network", "analysis", "total", "part", "step", "loss", "penalty", "kept", "gradient_norm"}
 
@@ -86,6 +85,25 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a question of a study is asked of: everything that the run has trained.
+
+    Attributes:
+        network: the trained network, in evaluation mode. A question that changes it works on a copy.
+        masks: name -> mask: the control's, every task's, and the repeated ones (see :func:`repeat_of`).
+        metrics: task name -> metric, for :func:`sublens.analysis.accuracies` and its kin.
+        study: the study, with the settings of this run in it.
+        seed: of the run. A question draws its own seeds from it: ``seed_from(asked.seed, "transfer", draw)``.
+    """
+
+    network: "nn.Module"
+    masks: "Mapping[str, Mask]"
+    metrics: "Mapping[str, Callable[[nn.Module], float]]"
+    study: "Study"
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A network, its tasks, and the questions asked of their masks. Defaults are the paper's settings.
 
@@ -116,6 +134,16 @@ class Study:
             much two masks of the *same* task overlap is what the overlap of two tasks is to be compared with.
         random_masks: random masks drawn for each mask's accuracy baseline.
         confusion: ``confusion(net) -> {told: {answered: share}}``: what a network answers when told each thing.
+        functions: task name -> name of the function it asks of the network. Tasks with one name ask the same function,
+            tasks with different names different functions; one that is left out is neither. ``None``: every task asks
+            a function of its own.
+        questions: name -> ``question(asked) -> Answer``: what the study asks of its masks besides what every run asks.
+            They are asked in turn when all masks are trained, with torch's random numbers seeded, and their answers
+            become sections of the report.
+        from_control: names of masked parameters (or globs, or enclosing modules) that every task's mask takes over
+            from the control mask after its training, as the paper does with the output layer in class removal.
+        prepare: ``prepare(network) -> network``, applied to the network after its training and before any mask's; also
+            to weights from a file. It must change nothing when applied again, and return a network of the same shapes.
 
     Raises:
         StudyError: at construction, naming the field, its value, and what it must be.
@@ -147,6 +175,10 @@ class Study:
     repeated: Sequence[str] = ()
     random_masks: int = 10
     confusion: "Callable[[nn.Module], Mapping[str, Mapping[str, float]]] | None" = None
+    functions: Mapping[str, str] | None = None
+    questions: Mapping[str, Callable[[Asked], Answer]] = field(default_factory=dict)
+    from_control: Sequence[str] = ()
+    prepare: "Callable[[nn.Module], nn.Module] | None" = None
 
     def __post_init__(self) -> None:
         _check_name("study", self.name)
@@ -157,6 +189,7 @@ class Study:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "settings", dict(self.settings))
         object.__setattr__(self, "repeated", tuple(self.repeated))
+        object.__setattr__(self, "from_control", tuple(self.from_control))
         if self.first_half is not None:
             object.__setattr__(self, "first_half", tuple(self.first_half))
         names = [task.name for task in (self.control, *self.tasks)]
@@ -171,6 +204,12 @@ class Study:
             raise StudyError(
                 f"Study {self.name!r}: no task can be called {', '.join(taken)}, a name that every run uses itself."
                 " Rename it."
+            )
+        self._check_questions()
+        unknown = [name for name in self.functions or () if name not in names[1:]]
+        if unknown:
+            raise StudyError(
+                f"Study {self.name!r}: functions names {', '.join(unknown)}; its tasks: {', '.join(names[1:])}."
             )
         unknown = [name for name in self.repeated if name not in names]
         if unknown:
@@ -191,14 +230,25 @@ class Study:
             raise StudyError(f"Study {self.name!r}: biases={self.biases!r} must be True or False.")
         if self.penalty not in ("logits", "expected"):
             raise StudyError(f"Study {self.name!r}: penalty={self.penalty!r} must be 'logits' or 'expected'.")
-        for name in ("network", "confusion"):
+        for name in ("network", "confusion", "prepare"):
             value = getattr(self, name)
-            if not callable(value) and not (name == "confusion" and value is None):
+            if not callable(value) and not (name != "network" and value is None):
                 raise StudyError(f"Study {self.name!r}: {name} must be a function, not {_kind(value)}.")
             if isinstance(value, type) is False and hasattr(value, "state_dict"):
                 raise StudyError(
                     f"Study {self.name!r}: {name} is a module; give a function that makes one, {name}=lambda seed: ..."
                 )
+
+    def _check_questions(self) -> None:
+        if not isinstance(self.questions, Mapping):
+            raise StudyError(
+                f"Study {self.name!r}: questions must map names to functions, not {_kind(self.questions)}."
+            )
+        for name, question in self.questions.items():
+            _check_name("question", name)
+            if not callable(question):
+                raise StudyError(f"Study {self.name!r}: the question {name} must be a function, not {_kind(question)}.")
+        object.__setattr__(self, "questions", dict(self.questions))
 
 
 _RANGES: tuple[tuple[str, Any, float, bool], ...] = (
@@ -220,7 +270,7 @@ _RANGES: tuple[tuple[str, Any, float, bool], ...] = (
 
 
 def _check_name(what: str, name: object) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise StudyError(
             f"{name!r} cannot be the name of a {what}: it becomes part of file names, so use letters, digits,"
             " '.', '_' and '-', and start with a letter or a digit."

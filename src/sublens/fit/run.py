@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -143,6 +144,8 @@ def fit(
         masked = MaskedNetwork(
             network, keep=keep, samples=samples, seed=seed, where=where, biases=biases, gate=gate, batch_dim=batch_dim
         )
+        with torch.no_grad():
+            masked.penalty(alpha, kind=penalty)  # refused here, before anything is written, where a gate takes none
         trainer = make_optimizer(settings, masked.logits)
         described = _describe(settings, masked, trainer, keep=keep, samples=samples, batch_dim=batch_dim)
         store: RunFolder | None = None

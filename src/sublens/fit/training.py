@@ -117,8 +117,7 @@ class Training:
 
     def _record(self, display: Display, evaluates: bool) -> None:
         state, settings = self.state, self._settings
-        decide = self._masked.gate.decision
-        kept = sum(int(binarise(decide(logit.detach())).sum()) for logit in self._logits.values()) / self._size
+        kept = sum(int(binarise(decision).sum()) for decision in self._masked.decisions().values()) / self._size
         record: Record = {
             "step": state.step,
             "loss": state.loss / max(state.count, 1),

@@ -1,6 +1,7 @@
 """What every gate says about itself."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -22,6 +23,15 @@ class Gate(ABC):
     def fused(self) -> bool:
         """Whether :func:`sublens.kernels.cpu.walk` computes this gate, so that routes built on it may be used."""
         return False
+
+    @property
+    def noisy(self) -> bool:
+        """Whether samples differ. If not, a training call is one sample of the whole batch, whatever ``samples`` is."""
+        return True
+
+    def across(self, logits: Mapping[str, Tensor]) -> Mapping[str, "Gate"]:
+        """The gate of each parameter in one call, given the logits of all: this one, unless parameters compete."""
+        return dict.fromkeys(logits, self)
 
     @abstractmethod
     def masked(self, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:

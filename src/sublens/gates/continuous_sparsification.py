@@ -36,6 +36,11 @@ class ContinuousSparsification(Gate):
         if not 1 <= self.final < math.inf:
             raise SettingError(f"final is {self.final}; it must be finite and 1 or more (the paper uses 200).")
 
+    @property
+    def noisy(self) -> bool:
+        """Never: equal logits give equal samples."""
+        return False
+
     def masked(self, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """The weight times m."""
         return weight * self.keep_probability(logits, draw.step).to(weight.dtype)

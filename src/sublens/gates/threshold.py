@@ -15,8 +15,13 @@ class Threshold(Gate):
 
     The forward value is m = 1[logit > 0]; the gradient passes through the threshold as if it were not there, so the
     gradient of the logit is that of m. The paper's real-valued mask weight is the logit plus its threshold: the gate
-    depends on their difference only. Training calls are evaluation calls, so ``samples=1`` loses nothing.
+    depends on their difference only. Training calls are evaluation calls: there is one sample, whatever ``samples`` is.
     """
+
+    @property
+    def noisy(self) -> bool:
+        """Never: equal logits give equal samples."""
+        return False
 
     def masked(self, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """The weight times m."""

@@ -15,12 +15,15 @@ from torch import nn
 
 import sublens
 from sublens.analysis import accuracies, interrogate, measuring, overlap
+from sublens.answers import Answer
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
+from sublens.fit.batches import random_state_kept, seed_torch
+from sublens.fit.settings import Record
 from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
-from sublens.inspection.network import load_network, save_network, train_network
+from sublens.inspection.network import load_network, prepared, save_network, train_network
 from sublens.mask import Mask
-from sublens.study import Study, Task, repeat_of, seed_from
+from sublens.study import Asked, Study, Task, repeat_of, seed_from
 
 CHECKPOINT_EVERY = 1000
 _PACKAGES = ("torch", "numba", "numpy", "safetensors")
@@ -70,7 +73,9 @@ def inspect(
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
     if result is None:
         net = _network(study, seed, folder, weights, progress)
-        masks = {name: _mask(study, task, name, net, seed, folder, progress) for name, task in _parts(study).items()}
+        masks: dict[str, Mask] = {}
+        for name, task in _parts(study).items():
+            masks[name] = _mask(study, task, name, net, masks.get(study.control.name), seed, folder, progress)
         clock = time.perf_counter()
         answers = _answers(study, net, masks, seed)
         seconds = {**folder.seconds(), "analysis": time.perf_counter() - clock}
@@ -135,11 +140,14 @@ def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     plain = (
         "network_steps", "network_lr", "network_clip", "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
         "penalty", "keep", "samples", "biases", "batch_dim", "evaluate_every", "first_half", "repeated", "random_masks",
+        "functions", "from_control",
     )  # fmt: skip
     settings = {name: getattr(study, name) for name in plain}
     settings["where"] = study.where if study.where is None or isinstance(study.where, str) else _described(study.where)
     settings["tasks"] = [task.name for task in study.tasks]
     settings["control"] = study.control.name
+    settings["questions"] = list(study.questions)
+    settings["prepare"] = None if study.prepare is None else _described(study.prepare)
     settings["study"] = study.settings
     settings["network_file_sha256"] = weights
     return {"study": study.name, "preset": study.preset, "seed": seed, "settings": settings}
@@ -155,19 +163,28 @@ def _network(study: Study, seed: int, folder: Folder, weights: Path | None, prog
     if folder.network.exists():
         return load_network(study, seed, folder.network)
     if weights is not None:
-        net = load_network(study, seed, weights)
-        folder.finish("network", [], 0.0)
+        net, history, seconds = load_network(study, seed, weights), list[Record](), 0.0
     else:
         net, history, seconds = train_network(
             study, seed, folder.checkpoints("network"), "network" if progress else False
         )
-        folder.finish("network", history, seconds)
+    net = prepared(study, net)
+    folder.finish("network", history, seconds)
     save_network(net, folder.network)
     folder.forget("network")
     return net
 
 
-def _mask(study: Study, task: Task, name: str, net: nn.Module, seed: int, folder: Folder, progress: bool) -> Mask:
+def _mask(
+    study: Study,
+    task: Task,
+    name: str,
+    net: nn.Module,
+    control: Mask | None,
+    seed: int,
+    folder: Folder,
+    progress: bool,
+) -> Mask:
     if folder.mask(name).exists():
         return Mask.load(folder.mask(name), net)
     part_seed = seed_from(seed, name)
@@ -195,9 +212,12 @@ def _mask(study: Study, task: Task, name: str, net: nn.Module, seed: int, folder
         progress=f"mask {name}" if progress else False,
     )
     folder.finish(name, run.history, run.seconds)
-    run.mask.save(folder.mask(name))
+    mask = run.mask
+    if study.from_control and control is not None and task is not study.control:
+        mask = mask.replace(control, study.from_control)
+    mask.save(folder.mask(name))
     folder.forget(name)
-    return run.mask
+    return mask
 
 
 def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:
@@ -240,6 +260,25 @@ def _answers(study: Study, net: nn.Module, masks: dict[str, Mask], seed: int) ->
     if study.confusion is not None:
         answers["confusion"] = {"network": _confusion(study, net, None)}
         answers["confusion"] |= {name: _confusion(study, net, mask) for name, mask in asked.items()}
+    if study.questions:
+        answers["answers"] = _asked_questions(Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed))
+    return answers
+
+
+def _asked_questions(asked: Asked) -> dict[str, Any]:
+    """Return the answers to the study's own questions, as JSON values."""
+    answers = {}
+    for name, question in asked.study.questions.items():
+        with random_state_kept():
+            seed_torch("question", asked.seed, name)
+            asked.network.eval()
+            answer = question(asked)
+        if not isinstance(answer, Answer):
+            raise StudyError(
+                f"Study {asked.study.name!r}: the question {name} returned a {type(answer).__name__}, not a"
+                " sublens.answers.Answer."
+            )
+        answers[name] = answer.as_json()
     return answers
 
 

@@ -61,6 +61,24 @@ def load_network(study: Study, seed: int, path: Path) -> nn.Module:
     return network
 
 
+def prepared(study: Study, network: nn.Module) -> nn.Module:
+    """Return the network as the study's ``prepare`` makes it; the same network if the study has none.
+
+    Raises:
+        StudyError: it returns no module, or one of other names or shapes, which the run folder could not be read into.
+    """
+    if study.prepare is None:
+        return network
+    before = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    with torch.no_grad():
+        made = study.prepare(network)
+    if not isinstance(made, nn.Module):
+        raise StudyError(f"Study {study.name!r}: prepare(network) returned a {type(made).__name__}, not the network.")
+    if {name: tensor.shape for name, tensor in made.state_dict().items()} != before:
+        raise StudyError(f"Study {study.name!r}: prepare(network) changed the names or shapes of the weights.")
+    return made.eval()
+
+
 def save_network(network: nn.Module, path: Path) -> None:
     """Write the network's weights, atomically."""
     save_tensors(path, network.state_dict(), {"kind": "network"})

@@ -2,5 +2,6 @@
 
 from sublens.mask.identity import binarise, fingerprint
 from sublens.mask.mask import Mask
+from sublens.mask.random_bits import random_bits
 
-__all__ = ["Mask", "binarise", "fingerprint"]
+__all__ = ["Mask", "binarise", "fingerprint", "random_bits"]

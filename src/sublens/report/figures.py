@@ -1,92 +1,37 @@
-"""The report's figures, as SVG: once as a file of its own, once to stand inside the page and follow its colours."""
+"""The figures of a run and of a sweep: curves, what masks keep, and what they share."""
 
-import io
 import math
-import re
-import warnings
-import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from sublens.report.drawing import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    WIDTH,
+    Drawing,
+    add_legend,
+    canvas,
+    drawn,
+    legend_label,
+    series_colour,
+    shorten,
+)
 from sublens.report.sweep_table import as_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from matplotlib.axes import Axes
 
     from sublens.report.run_folder import Overlap, OverlapValues, Record
     from sublens.report.sweep_table import Row, Spread
 
-# Role of a colour -> its value in the figure files. In the page each becomes the CSS variable of its name, which is
-# how figures follow the light and the dark scheme. The series are the colours of Okabe and Ito, made to be told apart
-# by colour-blind readers; dashes and markers tell them apart in grey.
-COLOURS = {
-    "ink": "#1b1f24",
-    "quiet": "#6a737d",
-    "rule": "#d3d8de",
-    "chance": "#b9c0c8",
-    "series-0": "#0072b2",
-    "series-1": "#d55e00",
-    "series-2": "#009e73",
-    "series-3": "#cc79a7",
-    "series-4": "#b07d00",
-    "series-5": "#3f9fd1",
-}
-_SERIES = [name for name in COLOURS if name.startswith("series-")]
-_DASHES: list[Any] = [
-    "-",
-    (0, (5, 1.6)),
-    (0, (1.2, 1.4)),
-    (0, (6, 1.5, 1.2, 1.5)),
-    (0, (3, 1, 1, 1, 1, 1)),
-    (0, (9, 2)),
-]
-_MARKERS = ["o", "s", "^", "D", "v", "P"]
 _CURVES = (("loss", "loss", "log"), ("kept", "kept (%)", "linear"), ("gradient_norm", "gradient norm", "log"))
 _POINTS = 400  # points of a curve: more than can be seen apart at this size, few enough for a small page
-_WIDTH = 7.4  # inches
-_SVG = "http://www.w3.org/2000/svg"
-_XLINK = "http://www.w3.org/1999/xlink"
-
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
-    "text.parse_math": False,  # a "$" in a layer's name is a "$"
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": COLOURS["ink"],
-    "axes.labelcolor": COLOURS["ink"],
-    "axes.edgecolor": COLOURS["quiet"],
-    "axes.linewidth": 0.7,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.use_mathtext": False,
-    "axes.unicode_minus": True,
-    "xtick.color": COLOURS["quiet"],
-    "ytick.color": COLOURS["quiet"],
-    "xtick.labelcolor": COLOURS["ink"],
-    "ytick.labelcolor": COLOURS["ink"],
-    "grid.color": COLOURS["rule"],
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.5,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
 
 
-def curves(history: Mapping[str, Sequence["Record"]]) -> str | None:
+def curves(history: Mapping[str, Sequence["Record"]]) -> Drawing | None:
     """Draw loss, kept share and gradient norm of each mask over its training steps; ``None`` if nothing was recorded.
 
     Args:
@@ -95,7 +40,7 @@ def curves(history: Mapping[str, Sequence["Record"]]) -> str | None:
     shown = [curve for curve in _CURVES if any(_series(records, curve[0])[0] for records in history.values())]
     if not shown:
         return None
-    with _figure(_WIDTH, 1.75 * len(shown) + 0.5) as figure:
+    with canvas(WIDTH, 1.75 * len(shown) + 0.5) as figure:
         grid = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (key, label, scale) in zip(grid, shown, strict=True):
             for index, (name, records) in enumerate(history.items()):
@@ -104,9 +49,9 @@ def curves(history: Mapping[str, Sequence["Record"]]) -> str | None:
                 axes.plot(
                     steps,
                     [factor * value for value in values],
-                    color=_colour(index),
-                    linestyle=_DASHES[index % len(_DASHES)],
-                    label=_label(name),
+                    color=series_colour(index),
+                    linestyle=DASHES[index % len(DASHES)],
+                    label=legend_label(name),
                 )
             if scale == "log" and all(v > 0 for records in history.values() for v in _series(records, key)[1]):
                 axes.set_yscale("log")
@@ -121,11 +66,11 @@ def curves(history: Mapping[str, Sequence["Record"]]) -> str | None:
         grid[-1].set_xlabel("training step")
         grid[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         grid[0].margins(x=0.01)
-        _legend(figure, grid[0])
-        return _svg(figure, "curves")
+        add_legend(figure, grid[0])
+        return drawn(figure, "curves")
 
 
-def kept_per_layer(kept: Mapping[str, Mapping[str, float]]) -> str | None:
+def kept_per_layer(kept: Mapping[str, Mapping[str, float]]) -> Drawing | None:
     """Draw the share of weights that each mask keeps in each layer (in percent); ``None`` if there are no layers.
 
     Args:
@@ -134,32 +79,32 @@ def kept_per_layer(kept: Mapping[str, Mapping[str, float]]) -> str | None:
     layers = list(dict.fromkeys(layer for per_layer in kept.values() for layer in per_layer))
     if not layers:
         return None
-    with _figure(_WIDTH, _rows_height(layers, 0.34 + 0.04 * len(kept))) as figure:
+    with canvas(WIDTH, _rows_height(layers, 0.34 + 0.04 * len(kept))) as figure:
         axes = figure.subplots()
         spread = 0.5 / max(len(kept) - 1, 1)
         for index, (name, per_layer) in enumerate(kept.items()):
             offset = (index - (len(kept) - 1) / 2) * spread
             present = [(row + offset, 100 * per_layer[layer]) for row, layer in enumerate(layers) if layer in per_layer]
             rows, values = zip(*present, strict=True) if present else ((), ())
-            axes.hlines(rows, 0, values, color=_colour(index), linewidth=1.1)
+            axes.hlines(rows, 0, values, color=series_colour(index), linewidth=1.1)
             axes.plot(
                 values,
                 rows,
                 linestyle="none",
-                marker=_MARKERS[index % len(_MARKERS)],
+                marker=MARKERS[index % len(MARKERS)],
                 markersize=5.5,
-                color=_colour(index),
-                label=_label(name),
+                color=series_colour(index),
+                label=legend_label(name),
             )
         _layer_rows(axes, layers)
         axes.set_xlim(0, None)
         axes.margins(x=0.04)
         axes.set_xlabel("weights kept (%)")
-        _legend(figure, axes)
-        return _svg(figure, "kept-per-layer")
+        add_legend(figure, axes)
+        return drawn(figure, "kept-per-layer")
 
 
-def overlap_per_layer(overlap: "Overlap", name: str, repeats: Mapping[str, "Overlap"]) -> str | None:
+def overlap_per_layer(overlap: "Overlap", name: str, repeats: Mapping[str, "Overlap"]) -> Drawing | None:
     """Draw IoU and IoMin of two masks in each layer beside what random masks have; ``None`` if there are no layers.
 
     Args:
@@ -171,7 +116,7 @@ def overlap_per_layer(overlap: "Overlap", name: str, repeats: Mapping[str, "Over
     if not overlap.layers:
         return None
     rows = {"all layers": overlap.total} | overlap.layers
-    with _figure(_WIDTH, _rows_height(list(rows), 0.36)) as figure:
+    with canvas(WIDTH, _rows_height(list(rows), 0.36)) as figure:
         pair = figure.subplots(1, 2, sharey=True)
         for axes, key, title in zip(pair, ("iou", "iomin"), ("IoU", "IoMin"), strict=True):
             for row, values in enumerate(rows.values()):
@@ -199,14 +144,14 @@ def overlap_per_layer(overlap: "Overlap", name: str, repeats: Mapping[str, "Over
             for index, (task, repeat) in enumerate(repeats.items(), start=1):
                 again = {"all layers": repeat.total} | repeat.layers
                 same_rows = {row: again[row] for row in rows if row in again}
-                marker, colour = _MARKERS[index % len(_MARKERS)], _colour(index)
+                marker, colour = MARKERS[index % len(MARKERS)], series_colour(index)
                 _overlap_points(axes, same_rows, key, marker, colour, f"{task} and {task}, another seed", hollow=True)
             _layer_rows(axes, list(rows))
             axes.axhline(0.5, color=COLOURS["quiet"], linewidth=0.8)
             axes.set_xlim(0, 1)
             axes.set_xlabel(title)
-        _legend(figure, pair[0])
-        return _svg(figure, name)
+        add_legend(figure, pair[0])
+        return drawn(figure, name)
 
 
 def _overlap_points(
@@ -233,7 +178,7 @@ def _overlap_points(
     )
 
 
-def against_setting(rows: Sequence["Row"], setting: str, name: str) -> str | None:
+def against_setting(rows: Sequence["Row"], setting: str, name: str) -> Drawing | None:
     """Draw accuracy, kept share and IoU against a setting, mean and spread over the seeds; ``None`` without runs.
 
     Args:
@@ -253,7 +198,7 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> str | Non
     masks = [m.of for row in rows for m in row.measures if m.what == "kept"]
     series = [_series_of(key) for keys, _, _ in panels for key in keys]
     looks = {name: look for look, name in enumerate(dict.fromkeys((*masks, *series)))}
-    with _figure(_WIDTH, 2.1 * len(panels) + 0.4) as figure:
+    with canvas(WIDTH, 2.1 * len(panels) + 0.4) as figure:
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (keys, label, factor) in zip(grid, panels, strict=True):
             # Series stand side by side: nearly all masks solve their own task, and would hide each other.
@@ -269,7 +214,12 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> str | Non
                              label=None if chance_named else "random masks")  # fmt: skip
                     chance_named = True
                 _spreads(
-                    axes, [(place, m.seen) for place, m in taken], factor, look, _colour(look), label=_series_of(key)
+                    axes,
+                    [(place, m.seen) for place, m in taken],
+                    factor,
+                    look,
+                    series_colour(look),
+                    label=_series_of(key),
                 )
             axes.set_ylabel(label)
             axes.set_ylim(0, None if keys[0][0] == "kept" else 1.04 * factor)
@@ -279,7 +229,7 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> str | Non
         every = -(-len(labels) // 9)  # about as many labels as there is room for
         grid[-1].set_xticks(places[::every], labels[::every])
         grid[-1].set_xlabel(setting)
-        return _svg(figure, name)
+        return drawn(figure, name)
 
 
 def _series_of(key: tuple[str, str, str]) -> str:
@@ -303,14 +253,14 @@ def _spreads(
         [factor * spread.mean for _, spread in points],
         yerr=[factor * (spread.sd or 0) for _, spread in points],
         color=colour,
-        linestyle=(0, (1, 2)) if hollow else _DASHES[index % len(_DASHES)],
+        linestyle=(0, (1, 2)) if hollow else DASHES[index % len(DASHES)],
         linewidth=1 if hollow else 1.4,
-        marker=_MARKERS[index % len(_MARKERS)],
+        marker=MARKERS[index % len(MARKERS)],
         markersize=4.5,
         markerfacecolor="none" if hollow else colour,
         elinewidth=1,
         capsize=2.5,
-        label=None if label is None else _label(label),
+        label=None if label is None else legend_label(label),
         zorder=2 if hollow else 3,
         clip_on=False,  # 0 and 100 % lie on the edge
     )
@@ -332,68 +282,6 @@ def _places(values: Sequence[Any]) -> tuple[list[float], list[str]]:
     return [float(sorted(set(numbers)).index(number)) for number in numbers], labels
 
 
-def inline(svg: str, prefix: str, description: str) -> str:
-    """Return the figure as an ``<svg>`` element for an HTML page.
-
-    Ids get ``prefix``, since a page holds many figures; colours become the page's CSS variables; what would act
-    outside the figure (its style sheet) or is of no use in a page (metadata) is dropped.
-
-    Args:
-        svg: a figure as the other functions return it.
-        prefix: unique in the page; letters, digits and "-".
-        description: what a screen reader says instead; any text.
-    """
-    root = ET.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{{{_SVG}}}style", f"{{{_SVG}}}metadata"):
-                parent.remove(child)
-    for element in root.iter():
-        for key, value in list(element.attrib.items()):
-            if key == "id":
-                element.set(key, f"{prefix}-{value}")
-            elif key == f"{{{_XLINK}}}href":
-                del element.attrib[key]
-                element.set("href", f"#{prefix}-{value.removeprefix('#')}")
-            elif key in ("style", "fill", "stroke", "clip-path"):
-                value = re.sub(r"url\(#", f"url(#{prefix}-", value)
-                # The page's own font: matplotlib's is not on every machine.
-                element.set(key, re.sub(r"(font: [^;]*?px) [^;]*", r"\1 var(--figure-font)", _with_variables(value)))
-    for size in ("width", "height"):
-        root.attrib.pop(size, None)
-    root.set("role", "img")
-    title = ET.Element(f"{{{_SVG}}}title")
-    title.text = description
-    root.insert(0, title)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
-    return ET.tostring(root, encoding="unicode")
-
-
-def _with_variables(value: str) -> str:
-    for name, colour in COLOURS.items():
-        value = value.replace(colour, f"var(--{name})")
-    return value
-
-
-@contextmanager
-def _figure(width: float, height: float) -> "Iterator[Figure]":
-    with mpl.rc_context(cast(Any, _STYLE)), warnings.catch_warnings():
-        # The browser's fonts draw the text, so what matplotlib's own font lacks does not matter.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        yield figure
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """Return the figure as the text of an SVG file, the same bytes for the same numbers."""
-    with mpl.rc_context({"svg.hashsalt": f"sublens {name}"}):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue().decode("utf-8")
-
-
 def _series(records: Sequence["Record"], key: str) -> tuple[list[float], list[float]]:
     """Return steps and values of what was recorded under ``key``, in at most ``_POINTS`` means of equal length."""
     points = [(record["step"], record[key]) for record in records if key in record]
@@ -402,35 +290,14 @@ def _series(records: Sequence["Record"], key: str) -> tuple[list[float], list[fl
     return [group[-1][0] for group in groups], [sum(value for _, value in group) / len(group) for group in groups]
 
 
-def _colour(index: int) -> str:
-    return COLOURS[_SERIES[index % len(_SERIES)]]
-
-
-def _label(name: str) -> str:
-    # Legends leave out labels that begin with an underscore; a word joiner in front is not seen.
-    return f"\u2060{name}" if name.startswith("_") else name
-
-
-def _legend(figure: Figure, axes: "Axes") -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    # As many in a line as the figure is wide: about 100 characters, of which each entry's line or marker takes ten.
-    columns = max(1, min(len(labels), 100 // (max(map(len, labels)) + 10)))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.6)
-
-
 def _rows_height(rows: Sequence[str], row: float) -> float:
     return 1.0 + row * len(rows)
 
 
 def _layer_rows(axes: "Axes", layers: Sequence[str]) -> None:
-    axes.set_yticks(range(len(layers)), [_shorten(layer) for layer in layers])
+    axes.set_yticks(range(len(layers)), [shorten(layer) for layer in layers])
     axes.set_ylim(len(layers) - 0.5, -0.5)  # first layer on top
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.set_axisbelow(True)
-
-
-def _shorten(name: str, limit: int = 36) -> str:
-    """Cut the middle out of a long name: in dotted names both ends tell layers apart."""
-    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit // 2) :]}"

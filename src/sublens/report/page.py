@@ -1,19 +1,22 @@
 """The page: one HTML file that holds everything it shows, with no script and nothing to fetch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sublens.answers import Answer
 from sublens.errors import FileError
 from sublens.report import figures, sentences
+from sublens.report.answer_figures import draw
+from sublens.report.drawing import COLOURS, Drawing, inline
 from sublens.report.run_folder import Chance, Overlap, RunFolder, printable, read
 
 
 def write_report(folder: Path | str) -> Path:
-    """Write ``figures/*.svg`` and ``report.html`` into a run folder.
+    """Write ``report.html``, and every figure as ``figures/*.svg`` and ``*.pdf``, into a run folder.
 
     Args:
         folder: folder of a finished run; ``result.json`` must be there, ``history.jsonl`` may be.
@@ -31,8 +34,9 @@ def write_report(folder: Path | str) -> Path:
     target = folder / "report.html"
     try:
         (folder / "figures").mkdir(exist_ok=True)
-        for name, svg in drawn.items():
-            (folder / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
+        for name, drawing in drawn.items():
+            (folder / "figures" / f"{name}.svg").write_text(drawing.svg, encoding="utf-8")
+            (folder / "figures" / f"{name}.pdf").write_bytes(drawing.pdf)
         target.write_text(page, encoding="utf-8")
     except OSError as error:
         raise FileError(f"The report cannot be written to {folder}: {error.strerror}.") from error
@@ -48,12 +52,12 @@ def template_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = sentences.percent
+    environment.filters.update(percent=sentences.percent, number=sentences.number)
     return environment
 
 
-def _draw(run: RunFolder) -> dict[str, str]:
-    """Return the figures that the run has numbers for: file name without its ending -> SVG."""
+def _draw(run: RunFolder) -> dict[str, Drawing]:
+    """Return the figures that the run has numbers for: file name without its ending -> figure."""
     drawn = {
         "kept-per-layer": figures.kept_per_layer({name: mask.kept_per_layer for name, mask in run.masks.items()}),
         "curves": figures.curves(run.history),
@@ -61,7 +65,16 @@ def _draw(run: RunFolder) -> dict[str, str]:
     for index, pair in enumerate(run.overlaps):
         name = _overlap_name(index)
         drawn[name] = figures.overlap_per_layer(pair, name, _repeats_of(run, pair))
-    return {name: svg for name, svg in drawn.items() if svg is not None}
+    for question, answer in run.answers.items():
+        for index, figure in enumerate(answer.figures):
+            name = _answer_name(question, index)
+            drawn[name] = draw(figure, name)
+    return {name: drawing for name, drawing in drawn.items() if drawing is not None}
+
+
+def _answer_name(question: str, index: int) -> str:
+    # No other figure's name begins so; what a file may name its question is checked on reading.
+    return f"answer-{question}-{index + 1}"
 
 
 def _repeats_of(run: RunFolder, pair: Overlap) -> dict[str, Overlap]:
@@ -73,13 +86,13 @@ def _overlap_name(index: int) -> str:
     return "overlap-per-layer" if index == 0 else f"overlap-per-layer-{index + 1}"
 
 
-def _render(run: RunFolder, drawn: Mapping[str, str]) -> str:
+def _render(run: RunFolder, drawn: Mapping[str, Drawing]) -> str:
     environment = template_environment()
     environment.filters.update(duration=_duration, setting=_setting)
 
     def figure(name: str, sentence: str) -> Markup | None:
         # The only text that is not escaped by the template: an XML writer has escaped what is in it.
-        return Markup(figures.inline(drawn[name], name, sentence)) if name in drawn else None
+        return Markup(inline(drawn[name].svg, f"figure-{list(drawn).index(name)}", sentence)) if name in drawn else None
 
     texts = {
         "accuracy": sentences.accuracy(run),
@@ -102,8 +115,22 @@ def _render(run: RunFolder, drawn: Mapping[str, str]) -> str:
         kept_figure=figure("kept-per-layer", texts["kept"]),
         curves_figure=figure("curves", texts["curves"]),
         pairs=pairs,
-        colours=figures.COLOURS,
+        answers=[_answer(question, answer, figure) for question, answer in run.answers.items()],
+        colours=COLOURS,
     )
+
+
+def _answer(question: str, answer: Answer, figure: Callable[[str, str], Markup | None]) -> dict[str, Any]:
+    """Return what the template shows of an answer."""
+    return {
+        "title": answer.title,
+        "sentence": answer.sentence,
+        "figures": [
+            (entry.title, figure(_answer_name(question, index), entry.title))
+            for index, entry in enumerate(answer.figures)
+        ],
+        "tables": answer.tables,
+    }
 
 
 def _accuracy_groups(run: RunFolder) -> list[list[dict[str, Any]]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sublens.errors import FileError
+from sublens.answers import NAME, Answer
+from sublens.errors import FileError, StudyError
 
 Record = dict[str, float]
 """One line of the history: what was recorded at a step. ``step`` is always there."""
@@ -65,6 +66,7 @@ class RunFolder:
         network: task -> accuracy of the whole network.
         repeats: task -> overlap of its mask with a second one, trained with another seed.
         confusion: who was asked (a mask's name or "network") -> told -> answered -> share in 0..1.
+        answers: name of a question of the study -> its answer.
         history: mask's name -> its records, in order of steps.
     """
 
@@ -78,6 +80,7 @@ class RunFolder:
     overlaps: tuple[Overlap, ...]
     repeats: dict[str, Overlap]
     confusion: dict[str, dict[str, dict[str, float]]]
+    answers: dict[str, Answer]
     history: dict[str, list[Record]]
 
 
@@ -107,6 +110,7 @@ def read(folder: Path) -> RunFolder:
             overlaps=_overlaps(result),
             repeats=_repeats(result.get("repeats") or {}),
             confusion=_confusion(result.get("confusion") or {}),
+            answers=_answers(result.get("answers") or {}),
             history=_history(folder / "history.jsonl", list(masks)),
         )
     except _Malformed as error:
@@ -190,6 +194,26 @@ def _confusion(value: Any) -> dict[str, dict[str, dict[str, float]]]:
         }
         for who, tables in _items(value, "confusion")
     }
+
+
+def _answers(value: Any) -> dict[str, Answer]:
+    answers = {}
+    for name, entry in _items(value, "answers"):
+        if not NAME.fullmatch(name):
+            raise _Malformed(f"{name!r} cannot be the name of a question")
+        try:
+            answers[name] = Answer.from_json(_printable_throughout(entry))
+        except StudyError as error:
+            raise _Malformed(f"the answer to {name} cannot be shown: {error}".rstrip(".")) from None
+    return answers
+
+
+def _printable_throughout(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {printable(key): _printable_throughout(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_printable_throughout(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _history(path: Path, masks: Sequence[str]) -> dict[str, list[Record]]:

@@ -21,6 +21,12 @@ def percent(fraction: float) -> str:
     return f"{text}{_SPACE}%"
 
 
+def number(value: float) -> str:
+    """Write a number for people: whole ones in full with commas, others with four digits."""
+    text = f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+    return text.replace("-", "\u2212")
+
+
 def listed(parts: Iterable[str]) -> str:
     """Join parts as a sentence does: "a", "a and b", "a, b and c"."""
     *front, last = parts

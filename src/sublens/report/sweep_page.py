@@ -6,6 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sublens.report import figures
+from sublens.report.drawing import COLOURS, inline
 from sublens.report.page import template_environment
 from sublens.report.run_folder import printable
 from sublens.report.sentences import percent
@@ -33,7 +34,7 @@ def sweep_page(title: str, rows: Sequence[Row], failed: Sequence[tuple[str, str]
             charts=[] if setting is None else _charts(rows, setting),
             written=written,
             as_text=as_text,
-            colours=figures.COLOURS,
+            colours=COLOURS,
         )
     )
 
@@ -80,9 +81,9 @@ def _charts(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
         if all(_is_number(row.settings.get(setting)) for row in members):
             members = sorted(members, key=lambda row: row.settings[setting])
         prefix, sentence = f"sweep-{index}", _sentence(members, setting)
-        svg = figures.against_setting(members, setting, prefix)
-        if svg is not None:
-            charts.append({"name": name, "sentence": sentence, "figure": Markup(figures.inline(svg, prefix, sentence))})
+        drawing = figures.against_setting(members, setting, prefix)
+        if drawing is not None:
+            charts.append({"name": name, "sentence": sentence, "figure": Markup(inline(drawing.svg, prefix, sentence))})
     return charts
 
 
