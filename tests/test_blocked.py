@@ -135,3 +135,26 @@ def test_pieces_hold_all_rows_and_waste_few(rows: int) -> None:
 
 def test_fused_loops_are_trusted_only_where_they_give_the_reference() -> None:
     assert cpu.agrees()
+
+
+def test_squares_and_adam_are_the_same_on_many_threads_and_near_float64() -> None:
+    before = torch.get_num_threads()
+    gradient, found = normal(100_003, seed=5), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            values, mean, mean_square = normal(100_003), 0.1 * normal(100_003, seed=1), normal(100_003, seed=2) ** 2
+            state = [tensor.double().numpy() for tensor in (values, mean, mean_square)]
+            cpu.adam(values, gradient, mean, mean_square, step=7, lr=0.02, betas=(0.9, 0.99), epsilon=1e-8,
+                     constant=0.125, factor=0.5)  # fmt: skip
+            found.append((values, mean, mean_square, cpu.squares(gradient, 0.125)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(found[0][:3], found[1][:3], strict=True))
+    assert found[0][3] == found[1][3] == pytest.approx((gradient.double() + 0.125).square().sum().item(), rel=1e-5)
+    slope = (gradient.double().numpy() + 0.125) * 0.5
+    mean64, square64 = 0.9 * state[1] + 0.1 * slope, 0.99 * state[2] + 0.01 * slope**2
+    step = 0.02 * mean64 / (1 - 0.9**7) / ((square64 / (1 - 0.99**7)) ** 0.5 + 1e-8)
+    # A step is off by some ten roundings of itself, the value by one of its own.
+    error = abs(found[0][0].double().numpy() - (state[0] - step))
+    assert bool((error <= 2e-6 * abs(step) + 2.0**-23 * abs(state[0]) + 1e-9).all())

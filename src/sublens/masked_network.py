@@ -157,9 +157,17 @@ class MaskedNetwork(nn.Module):
             raise SettingError(f"The penalty {kind!r} does not exist; there are 'logits' and 'expected'.")
         if alpha == 0:
             return torch.zeros((), device=next(iter(self.logits.values())).device, requires_grad=True)
+        if self.penalty_slope(alpha, kind) is not None:
+            self._penalised = True
+            return alpha * torch.stack([total for total, _ in self._sums_now()]).sum()
         step, logits = max(self.step - 1, 0), self.logits
         gates = self.gate.across(logits)
         return alpha * torch.stack([gates[name].penalty(layer, kind, step) for name, layer in logits.items()]).sum()
+
+    def penalty_slope(self, alpha: float, kind: Penalty = "logits") -> float | None:
+        """Gradient of :meth:`penalty` where it is one and the same number for every logit; otherwise ``None``."""
+        plain = type(self.gate).penalty is Gate.penalty and type(self.gate).across is Gate.across
+        return alpha if kind == "logits" and plain else None
 
     def _summed(self) -> list[tuple[Tensor, int]]:
         """Sum and version of each parameter's logits."""
@@ -261,7 +269,8 @@ class MaskedNetwork(nn.Module):
 
             return linear_route.over_chunks(network, batch, self.samples, copy=copy)
 
-        return self._by_linear_layers(kind, call)
+        outputs: list[Any] | None = self._by_linear_layers(kind, call)
+        return outputs
 
     def _by_linear_layers(self, kind: Hashable, call: Callable[[bool], Any]) -> Any:
         """What ``call`` returns, or ``None`` if this kind of call has to go the general route.

@@ -8,8 +8,8 @@ only, so the same bits come out on every device, and nothing has to be stored to
 Antithetic pairs. Samples 2 p and 2 p + 1 share their noise: where the first has u, the second has 1 - u (Hammersley and
 Morton, "A new Monte Carlo technique: antithetic variates", 1956). Each sample alone is distributed as without pairs;
 what a gate draws high in one it draws low in the other, so the mean over a pair varies less, and half the numbers do.
-(More samples from one draw, by adding 1/2 or 1/4 to u, would not do: at a keep probability of 1/2 all gates of the third
-sample would agree with those of the second.)
+(More samples from one draw, by adding 1/2 or 1/4 to u, would not do: at a keep probability of 1/2 all gates of the
+third sample would agree with those of the second.)
 
 Layout. The key is ``(seed, parameter)``, 64 bits each; the counter is ``(block, pair, step)``. One block gives four
 32-bit words, that is eight 16-bit draws, low half first. Elements are numbered in row-major order and come in tiles of

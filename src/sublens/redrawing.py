@@ -1,9 +1,9 @@
 """Masked weights that are drawn again in the backward pass instead of being kept from the forward pass.
 
 An operation such as a product keeps its operands for its backward pass, and with them every masked weight of every
-sample: K times the network. For the time of a call, PyTorch's hooks for saved tensors replace each masked weight, or view
-of one, by its name; when the backward pass asks for it, its draw is repeated. What it made stays until the gradient
-of that masked weight is complete, since a recurrent layer asks for it at every step.
+sample: K times the network. For the time of a call, PyTorch's hooks for saved tensors replace each masked weight, or
+view of one, by its name; when the backward pass asks for it, its draw is repeated. What it made stays until the
+gradient of that masked weight is complete, since a recurrent layer asks for it at every step.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Redrawing:
         if name is None:
             # With hooks PyTorch no longer notices a kept tensor that is overwritten before the backward pass.
             return tensor, tensor._version
-        return _View(name, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _View(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, kept: Any) -> Tensor:
         if not isinstance(kept, _View):

@@ -1,9 +1,9 @@
 """Linear layers under K samples at once, block of weights by block of weights.
 
 A masked weight never goes to main memory: a block is masked for each sample into a scratch that fits the cache, and is
-multiplied there. The backward pass redraws the same samples, and folds the K weight gradients of a block into the logits'
-gradient while they are in the cache. The products are our own (:func:`sublens.kernels.vector.product`), because a
-library's product first copies the weight into a layout of its own, which costs as much as masking it.
+multiplied there. The backward pass redraws the same samples, and folds the K weight gradients of a block into the
+logits' gradient while they are in the cache. The products are our own (:func:`sublens.kernels.vector.product`),
+because a library's product first copies the weight into a layout of its own, which costs as much as masking it.
 
 Shapes: K samples, m rows in each sample's chunk, the weight is (out, in).
 """

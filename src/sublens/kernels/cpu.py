@@ -51,8 +51,8 @@ def agrees() -> bool:
     same = torch.equal(found, reference.masked(weight, logits, draw)) and sys.byteorder == "little"
     if not same:
         log.warning(
-            "sublens: the fused CPU kernels do not give the reference's samples on this machine and are not used. Remove "
-            "Numba's cache (the __pycache__ of sublens/kernels) if another version of sublens was here before."
+            "sublens: the fused CPU kernels do not give the reference's samples on this machine and are not used. "
+            "Remove Numba's cache (the __pycache__ of sublens/kernels) if another version of sublens was here before."
         )
     return same
 
@@ -144,3 +144,61 @@ def logit_gradient(gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw)
     out = torch.empty(logits.shape, dtype=torch.float32)
     walk(weight.contiguous(), logits.contiguous(), draw, gradient=gradient.resolve_neg().contiguous(), result=out)
     return out
+
+
+def squares(gradient: Tensor, constant: float) -> float:
+    """Sum of the squares of a gradient with a constant added to each of its numbers.
+
+    Args:
+        gradient: contiguous float32.
+        constant: in float32.
+
+    Returns:
+        the sum, to some 1e-5 of it. It is the same for any number of threads.
+    """
+    compiled = loops()
+    sums = np.zeros(-(-gradient.numel() // compiled.CHUNK))
+    p = np.zeros(compiled.UPDATE_FIELDS, np.int64)
+    p[compiled.SLOPES], p[compiled.SIZE], p[compiled.SUMS] = gradient.data_ptr(), gradient.numel(), sums.ctypes.data
+    p.view(np.float64)[compiled.CONSTANT] = constant
+    threads.run(compiled.squares.address, p.ctypes.data, parallel=gradient.numel() >= _SMALL)
+    return float(sums.sum())
+
+
+def adam(
+    values: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    mean_square: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    constant: float,
+    factor: float,
+) -> None:
+    """One step of Adam (Kingma and Ba, 2015, algorithm 1), in place, for the gradient ``(gradient + constant) factor``.
+
+    Args:
+        values: what is trained; contiguous float32.
+        gradient: likewise; read only.
+        mean: running average of the gradient; likewise, written.
+        mean_square: that of its square; likewise, written.
+        step: number of this step, from 1.
+        lr: learning rate.
+        betas: decay of the two averages.
+        epsilon: added to the root of the second.
+        constant: added to each number of the gradient.
+        factor: what the sum is multiplied by.
+    """
+    compiled = loops()
+    p = np.zeros(compiled.UPDATE_FIELDS, np.int64)
+    p[compiled.VALUES], p[compiled.SLOPES] = values.data_ptr(), gradient.data_ptr()
+    p[compiled.MEANS], p[compiled.MEAN_SQUARES] = mean.data_ptr(), mean_square.data_ptr()
+    p[compiled.SIZE] = values.numel()
+    f = p.view(np.float64)
+    f[compiled.RATE], f[compiled.ROOT] = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
+    f[compiled.BETA_1], f[compiled.BETA_2], f[compiled.EPSILON] = *betas, epsilon
+    f[compiled.CONSTANT], f[compiled.FACTOR] = constant, factor
+    threads.run(compiled.adam.address, p.ctypes.data, parallel=values.numel() >= _SMALL)

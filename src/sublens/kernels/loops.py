@@ -1,8 +1,8 @@
 """The fused loops, compiled by Numba: draw, compare, mask, multiply, and fold gradients, block by block in the cache.
 
 Each loop restates :mod:`sublens.noise` and :mod:`sublens.kernels.reference` operation by operation, in the same order,
-so that its samples have the same bits. What it saves is memory traffic: thresholds, noise, samples and masked weights of
-a block live in the first- and second-level cache only, and serve all K samples while they are there.
+so that its samples have the same bits. What it saves is memory traffic: thresholds, noise, samples and masked weights
+of a block live in the first- and second-level cache only, and serve all K samples while they are there.
 
 The inner functions take plain runs of numbers and have no branches, which is what lets LLVM turn them into vector
 instructions; ``error_model="numpy"`` removes the test for a zero divisor for the same reason.
@@ -59,9 +59,9 @@ INPUTS, SCRATCH, THREAD, PANELS = 3, 6, 7, 9
 HEIGHT, ACROSS, PIECES, LENGTH, WIDE, WANTS = range(17, 23)
 LINEAR_FIELDS = 23
 """Of a linear layer. WEIGHT, LOGITS, RESULT, SAMPLES, KEY and COUNTER are as above. INPUTS, GRADIENT and PANELS are
-addresses of packed data; SCRATCH is that of SCRATCH_BYTES for each thread, THREAD the next thread's number. The weight is
-HEIGHT x ACROSS, each sample's chunk is PIECES pieces of LENGTH rows, a thread takes WIDE columns at a time, and WANTS
-says whether the gradient of the inputs is wanted."""
+addresses of packed data; SCRATCH is that of SCRATCH_BYTES for each thread, THREAD the next thread's number. The weight
+is HEIGHT x ACROSS, each sample's chunk is PIECES pieces of LENGTH rows, a thread takes WIDE columns at a time, and
+WANTS says whether the gradient of the inputs is wanted."""
 
 
 def _vector(*arguments: Any) -> Any:
@@ -410,13 +410,13 @@ def _backward(p: Any) -> None:
 
 
 # Fields of an update of the logits. From RATE on they are float64.
-_CHUNK = 16384  # numbers that a thread takes at a time, and whose squares are summed by themselves
+CHUNK = 16384  # numbers that a thread takes at a time, and whose squares are summed by themselves
 VALUES, SLOPES, MEANS, MEAN_SQUARES, SIZE, SUMS = 1, 2, 3, 4, 5, 6
 RATE, FACTOR, CONSTANT, BETA_1, BETA_2, EPSILON, ROOT = range(7, 14)
 UPDATE_FIELDS = 14
 """VALUES are the logits, SLOPES their gradient, MEANS and MEAN_SQUARES its running averages: addresses of SIZE float32.
-SUMS is that of one float64 for each chunk. CONSTANT is added to each gradient, and the sum multiplied by FACTOR. RATE is
-the learning rate over 1 - beta1**step, ROOT the square root of 1 - beta2**step."""
+SUMS is that of one float64 for each chunk. CONSTANT is added to each gradient, and the sum multiplied by FACTOR. RATE
+is the learning rate over 1 - beta1**step, ROOT the square root of 1 - beta2**step."""
 
 
 @_vector(_words)
@@ -424,10 +424,10 @@ def _squares(p: Any) -> None:
     constant = f32(p.view(np.float64)[CONSTANT])
     while True:
         chunk = take(p.ctypes.data, 1)
-        at = chunk * _CHUNK
+        at = chunk * CHUNK
         if at >= p[SIZE]:
             break
-        count = min(_CHUNK, p[SIZE] - at)
+        count = min(CHUNK, p[SIZE] - at)
         whole = count - count % (CHAINS * WIDTH)
         total = np.float64(squares_of(p[SLOPES] + 4 * at, whole, constant))
         g = carray(pointer(p[SLOPES] + 4 * at), (count,), f32)
@@ -444,10 +444,10 @@ def _adam(p: Any) -> None:
     b1, b2, c1, c2 = f32(f[BETA_1]), f32(f[BETA_2]), f32(1.0 - f[BETA_1]), f32(1.0 - f[BETA_2])
     epsilon = f32(f[EPSILON])
     while True:
-        at = take(p.ctypes.data, 1) * _CHUNK
+        at = take(p.ctypes.data, 1) * CHUNK
         if at >= p[SIZE]:
             break
-        count = min(_CHUNK, p[SIZE] - at)
+        count = min(CHUNK, p[SIZE] - at)
         v = carray(pointer(p[VALUES] + 4 * at), (count,), f32)
         g = carray(pointer(p[SLOPES] + 4 * at), (count,), f32)
         m = carray(pointer(p[MEANS] + 4 * at), (count,), f32)

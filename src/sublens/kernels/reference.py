@@ -28,7 +28,7 @@ depend on it.
 
 LOG2_E = 1.44269504
 ROUNDER = 12582912.0
-"""1.5 * 2**23: a float32 of moderate size that it is added to is rounded to a whole number, found in its lowest bits."""
+"""1.5 * 2**23: a moderate float32 that it is added to is rounded to a whole number, found in its lowest bits."""
 POLYNOMIAL = (
     0.0013274633092805743,
     0.009671961888670921,

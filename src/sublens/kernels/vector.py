@@ -1,7 +1,7 @@
-"""Vector code that Numba does not write by itself, as LLVM instructions: the noise, a register-tiled product, a transpose.
+"""Vector code that Numba does not write by itself, as LLVM instructions: noise, gates, a product in registers.
 
-Vectors are eight numbers wide. LLVM makes of them what the processor has: one AVX register, two of SSE or NEON. Addresses
-are int64, in bytes; strides are int64, in elements.
+Vectors are eight numbers wide. LLVM makes of them what the processor has: one AVX register, two of SSE or NEON.
+Addresses are int64, in bytes; strides are int64, in elements.
 """
 
 from collections.abc import Sequence
@@ -115,7 +115,7 @@ def fetch(typingctx: Any, address: Any, count: Any) -> Any:
 def draw(
     typingctx: Any, out: Any, tile: Any, tiles: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, k2: Any, k3: Any
 ) -> Any:
-    """Write the 16-bit draws of ``tiles`` tiles from number ``tile`` on: :func:`sublens.noise.threefry`, in its order."""
+    """Write the 16-bit draws of ``tiles`` tiles from number ``tile`` on: :func:`sublens.noise.threefry`."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         out, tile, tiles, *words = args
@@ -259,7 +259,8 @@ def product(
 ) -> None:
     """C[r] += sum over o < m and t < n of A[o, t, r] B[o, t]: rows of ``vectors`` (1 to 4) vectors; n and m at least 1.
 
-    If ``fresh`` is not 0, what C held before does not count. A, B and C are addresses of float32 data; ``a_t`` is the stride of A along t, and so on; vectors are contiguous.
+    If ``fresh`` is not 0, what C held before does not count. A, B and C are addresses of float32 data; ``a_t`` is the
+    stride of A along t, and so on; vectors are contiguous.
     """
     r = 0
     if vectors == 4:
