@@ -44,7 +44,7 @@ _RUN = 512  # elements that a thread takes at a time from a run of them
 ROWS, COLUMNS = 48, 256
 _PITCH = COLUMNS + 16  # of a block's rows: not a power of two, or the rows would fight for the same lines of the cache
 _DRAWN = COLUMNS + 2 * TILE  # draws of a row: whole tiles, so more than the row at both ends
-_SLICE = 128  # columns whose inputs stay in the first-level cache
+_SLICE, _STRIP = 96, 24  # columns whose masked weights stay in the first-level cache, forward and backward
 PANEL = 32  # columns of the inputs' layout for the weight gradient
 
 # Where each argument stands in the int64 array that a loop is given.
@@ -338,11 +338,11 @@ def _forward(p: Any) -> None:
                 if i == 0 or sample % _PAIR == 0:
                     _draw_block(scratch, sample // _PAIR, top, left, rows, size, p)
                 _mask_block(scratch, sample, top, left, rows, size, p)
-                for part in range(pieces):
-                    piece = i * pieces + part
-                    y = p[GRADIENT] + 4 * (piece * height + top) * length
-                    for c in range(0, size, _SLICE):
+                for c in range(0, size, _SLICE):
+                    for part in range(pieces):
+                        piece = i * pieces + part
                         x = p[INPUTS] + 4 * (piece * across + left + c) * length
+                        y = p[GRADIENT] + 4 * (piece * height + top) * length
                         product(length // WIDTH, rows, scratch + _BLOCK + 4 * c, 1, _PITCH, 0, x, length, 0, y, length,
                                 min(_SLICE, size - c), 1, left + c == 0)  # fmt: skip
                         if left + wide < across:
@@ -397,12 +397,13 @@ def _backward(p: Any) -> None:
                 if p[WANTS] != 0:
                     for k in range(i, i + together):
                         _mask_block(scratch, p[COUNTER] + k, top, left, rows, size, p)
-                        for part in range(pieces):
-                            piece = k * pieces + part
-                            g = p[GRADIENT] + 4 * (piece * height + top) * length
-                            x = p[INPUTS] + 4 * (piece * across + left) * length
-                            product(length // WIDTH, size, scratch + _BLOCK, _PITCH, 1, 0, g, length, 0, x, length,
-                                    rows, 1, top == 0)  # fmt: skip
+                        for c in range(0, size, _STRIP):
+                            for part in range(pieces):
+                                piece = k * pieces + part
+                                g = p[GRADIENT] + 4 * (piece * height + top) * length
+                                x = p[INPUTS] + 4 * (piece * across + left + c) * length
+                                product(length // WIDTH, min(_STRIP, size - c), scratch + _BLOCK + 4 * c, _PITCH, 1, 0,
+                                        g, length, 0, x, length, rows, 1, top == 0)  # fmt: skip
                 i += together
             for r in range(rows):
                 element = 4 * ((top + r) * across + left)
