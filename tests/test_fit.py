@@ -109,8 +109,8 @@ def test_default_optimizer_goes_on_from_the_state_of_adam_and_back(network: nn.M
             own.step()
         else:
             assert own.takes()
-            assert own.norms(0.25).item() == pytest.approx((gradient.double() + 0.25).norm().item(), rel=1e-5)
-            own.update(0.25, 0.5)
+            assert own.norms([0.25]).item() == pytest.approx((gradient.double() + 0.25).norm().item(), rel=1e-5)
+            own.update([0.25], 0.5)
         if step == 3:
             state = own.state_dict()
             own = Adam([logits], lr=1e-2)
@@ -124,7 +124,7 @@ def test_an_update_is_seen_by_autograd() -> None:
     logits = nn.Parameter(torch.zeros(10))
     squared = (logits * logits).sum()
     logits.grad = torch.ones(10)
-    Adam([logits], lr=1e-2).update(0.0, 1.0)
+    Adam([logits], lr=1e-2).update([0.0], 1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.backward()
 

@@ -9,10 +9,12 @@ import pytest
 import sublens
 
 NAMES = {
-    "BatchError", "Bernoulli", "ContinuousSparsification", "CutGraphError", "Diagnosis", "FileError", "Finding", "Gate",
+    "AlphaPath", "BatchError", "Bernoulli", "ContinuousSparsification", "CutGraphError", "Diagnosis", "FileError",
+    "Finding", "Gate",
     "GumbelSigmoid", "HardConcrete", "Mask", "Threshold", "TopK",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
-    "StudyError", "SublensError", "Task", "attribution_mask", "diagnose", "fingerprint", "fit", "inspect",
+    "StudyError", "SublensError", "Task", "agree", "attribution_mask", "contrast", "diagnose", "fingerprint", "fit",
+    "forget", "inspect",
     "magnitude_mask", "random_mask", "select",
 }  # fmt: skip
 

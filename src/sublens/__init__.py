@@ -23,11 +23,12 @@ from sublens.errors import (
 
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
-    from sublens.fit import Run, Settled, fit
+    from sublens.fit import AlphaPath, Run, Settled, fit
     from sublens.gates import Bernoulli, ContinuousSparsification, Gate, GumbelSigmoid, HardConcrete, Threshold, TopK
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
     from sublens.masked_network import MaskedNetwork
+    from sublens.objectives import agree, contrast, forget
     from sublens.reference_masks import attribution_mask, magnitude_mask, random_mask
     from sublens.selection import select
     from sublens.study import Study, Task
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlphaPath",
     "BatchError",
     "Bernoulli",
     "ContinuousSparsification",
@@ -59,10 +61,13 @@ __all__ = [
     "Task",
     "Threshold",
     "TopK",
+    "agree",
     "attribution_mask",
+    "contrast",
     "diagnose",
     "fingerprint",
     "fit",
+    "forget",
     "inspect",
     "magnitude_mask",
     "random_mask",
@@ -70,6 +75,7 @@ __all__ = [
 ]
 
 _ROOM_OF = {
+    "AlphaPath": "fit",
     "Bernoulli": "gates",
     "ContinuousSparsification": "gates",
     "Diagnosis": "diagnosis",
@@ -85,10 +91,13 @@ _ROOM_OF = {
     "Task": "study",
     "Threshold": "gates",
     "TopK": "gates",
+    "agree": "objectives",
     "attribution_mask": "reference_masks",
+    "contrast": "objectives",
     "diagnose": "diagnosis",
     "fingerprint": "mask",
     "fit": "fit",
+    "forget": "objectives",
     "inspect": "inspection",
     "magnitude_mask": "reference_masks",
     "random_mask": "reference_masks",

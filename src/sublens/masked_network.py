@@ -94,7 +94,7 @@ class MaskedNetwork(nn.Module):
         self._axes: dict[Hashable, Axes] = {}
         self._seen_a_gradient = False
         self._penalised = False  # whether the penalty needs the sums of logits
-        self._sums: list[tuple[Tensor, int]] | None = None
+        self._sums: dict[str, tuple[Tensor, int]] | None = None
         self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
         self.logits_tree = nn.Module()
         for name, parameter in selected.items():
@@ -135,8 +135,8 @@ class MaskedNetwork(nn.Module):
         """
         return Mask.from_logits(self.decisions(), self.fingerprint)
 
-    def penalty(self, alpha: float, kind: Penalty = "logits") -> Tensor:
-        """What pushes gates shut, times ``alpha``; add it to the loss.
+    def penalty(self, alpha: float | Mapping[str, float], kind: Penalty = "logits") -> Tensor:
+        """What pushes gates shut, times ``alpha`` (of each masked parameter, if they are given); add it to the loss.
 
         ``"logits"`` is the paper's sum of all logits (section 2; its alpha is divided by the batch size there, not
         here). It cannot run away, since every training call puts the logits back within their bound of -10 to 10.
@@ -149,36 +149,43 @@ class MaskedNetwork(nn.Module):
         Raises:
             SettingError: ``alpha`` is negative or not finite, or ``kind`` is unknown.
         """
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise SettingError(
-                f"alpha is {alpha}; it must be a finite number of 0 or more. A negative one opens gates."
-            )
+        logits = self.logits
+        alphas = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(logits, alpha)
+        if alphas.keys() != logits.keys():
+            raise SettingError(f"alpha has values for {sorted(alphas)}; masked are {sorted(logits)}.")
+        for value in alphas.values():
+            if not (math.isfinite(value) and value >= 0):
+                raise SettingError(
+                    f"alpha is {value}; it must be a finite number of 0 or more. A negative one opens gates."
+                )
         if kind not in get_args(Penalty):
             raise SettingError(f"The penalty {kind!r} does not exist; there are 'logits' and 'expected'.")
-        if alpha == 0:
-            return torch.zeros((), device=next(iter(self.logits.values())).device, requires_grad=True)
-        if self.penalty_slope(alpha, kind) is not None:
+        if not any(alphas.values()):
+            return torch.zeros((), device=next(iter(logits.values())).device, requires_grad=True)
+        if self.penalty_slopes(alpha, kind) is not None:
             self._penalised = True
-            return alpha * torch.stack([total for total, _ in self._sums_now()]).sum()
-        step, logits = max(self.step - 1, 0), self.logits
-        gates = self.gate.across(logits)
-        return alpha * torch.stack([gates[name].penalty(layer, kind, step) for name, layer in logits.items()]).sum()
+            parts = [alphas[name] * total for name, (total, _) in self._sums_now().items()]
+        else:
+            step, gates = max(self.step - 1, 0), self.gate.across(logits)
+            parts = [alphas[name] * gates[name].penalty(layer, kind, step) for name, layer in logits.items()]
+        return torch.stack(parts).sum()
 
-    def penalty_slope(self, alpha: float, kind: Penalty = "logits") -> float | None:
-        """Gradient of :meth:`penalty` where it is one and the same number for every logit; otherwise ``None``."""
-        plain = type(self.gate).penalty is Gate.penalty and type(self.gate).across is Gate.across
-        return alpha if kind == "logits" and plain else None
+    def penalty_slopes(self, alpha: float | Mapping[str, float], kind: Penalty = "logits") -> dict[str, float] | None:
+        """Gradient of :meth:`penalty` where it is one number for all logits of a parameter; otherwise ``None``."""
+        if kind != "logits" or type(self.gate).penalty is not Gate.penalty or type(self.gate).across is not Gate.across:
+            return None
+        return dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(self.logits, alpha)
 
-    def _summed(self) -> list[tuple[Tensor, int]]:
+    def _summed(self) -> dict[str, tuple[Tensor, int]]:
         """Sum and version of each parameter's logits."""
-        return [(logits.sum(), logits._version) for logits in self.logits.values()]
+        return {name: (logits.sum(), logits._version) for name, logits in self.logits.items()}
 
-    def _sums_now(self) -> list[tuple[Tensor, int]]:
+    def _sums_now(self) -> dict[str, tuple[Tensor, int]]:
         # Those of the last training call, if nothing has changed since. They stand before that call in the graph, so
         # their backward comes after the call's: a dense gradient is there by then, and theirs, one number for all
         # logits, is added to it in place. The other way round PyTorch would first write it out.
-        sums, logits = self._sums, self.logits.values()
-        if sums is not None and all(old == now._version for (_, old), now in zip(sums, logits, strict=True)):
+        sums = self._sums
+        if sums is not None and all(sums[name][1] == logits._version for name, logits in self.logits.items()):
             return sums
         return self._summed()
 
@@ -205,6 +212,11 @@ class MaskedNetwork(nn.Module):
             output = self._sampled(step, args, kwargs)
         self._check_first_call(output)
         return output
+
+    def keep_probabilities(self) -> dict[str, Tensor]:
+        """How likely each element was to be open in the last training call: name -> float32 of the logits' shape."""
+        step, logits = max(self.step - 1, 0), {name: layer.detach() for name, layer in self.logits.items()}
+        return {name: gate.keep_probability(logits[name], step) for name, gate in self.gate.across(logits).items()}
 
     def decisions(self) -> dict[str, Tensor]:
         """What the mask is read from, as it stands: name -> float32 of the logits' shape; kept iff above 0."""
@@ -338,7 +350,7 @@ class MaskedNetwork(nn.Module):
         copies: dict[int, Tensor] = {}
         for name, buffer in self.network.named_buffers(remove_duplicate=False):
             tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-        with _at_rest(self.network), around():
+        with at_rest(self.network), around():
             return functional_call(self.network, tensors, args, kwargs, strict=True)
 
     def _check_first_call(self, output: Any) -> None:
@@ -435,7 +447,7 @@ class _Gated(torch.autograd.Function):
 
 
 @contextmanager
-def _at_rest(network: nn.Module) -> Iterator[None]:
+def at_rest(network: nn.Module) -> Iterator[None]:
     """The network's modules in evaluation mode; what calls change in them is put back."""
     modules = list(network.modules())
     training = [m for m in modules if m.training]

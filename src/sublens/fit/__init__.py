@@ -2,5 +2,6 @@
 
 from sublens.fit.run import Run, fit
 from sublens.fit.settings import Settled
+from sublens.fit.strength import AlphaPath
 
-__all__ = ["Run", "Settled", "fit"]
+__all__ = ["AlphaPath", "Run", "Settled", "fit"]

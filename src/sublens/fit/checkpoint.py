@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from sublens.errors import FileError, MismatchError, SettingError
 from sublens.fit.settings import Record
+from sublens.fit.strength import Steered
 from sublens.storage import load_tensors, save_tensors
 
 
@@ -38,8 +39,10 @@ class State:
     count: int = 0  # steps since the last record, and the sums of what is reported as their mean
     loss: float = 0.0
     penalty: float = 0.0
+    alpha: float = 0.0
     norm: float = 0.0
     seen: list[list[float | None]] = field(default_factory=list)  # per evaluation: kept fraction, then the metrics
+    steered: list[Steered] = field(default_factory=list)  # per group of layers, where a kept fraction is asked for
     seconds: float = 0.0  # wall time spent; no result depends on it
 
 
@@ -80,6 +83,7 @@ class RunFolder:
         _compare(self._checkpoint, self._metadata.get("settings"), settings)
         try:
             state = State(**self._metadata["state"])
+            state.steered = [Steered(**memory) for memory in self._metadata["state"].get("steered", [])]
             with torch.no_grad():
                 for name, logit in logits.items():
                     logit.copy_(self._tensors[f"logit.{name}"])

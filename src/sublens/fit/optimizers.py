@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,15 +82,17 @@ class Adam(torch.optim.Adam):
             for p in parameters
         )
 
-    def norms(self, constant: float) -> Tensor:
-        """Norm of each parameter's gradient, with ``constant`` added to each of its numbers."""
-        return torch.tensor([cpu.squares(p.grad, constant) for p in self.param_groups[0]["params"]]).sqrt()
+    def norms(self, constants: Sequence[float]) -> Tensor:
+        """Norm of each parameter's gradient, with a constant of its own added to each number."""
+        parameters = self.param_groups[0]["params"]
+        squares = [cpu.squares(p.grad, constant) for p, constant in zip(parameters, constants, strict=True)]
+        return torch.tensor(squares, dtype=torch.float64).sqrt()
 
     @torch.no_grad()
-    def update(self, constant: float, factor: float) -> None:
-        """Step with the gradients, ``constant`` added and then multiplied by ``factor``."""
+    def update(self, constants: Sequence[float], factor: float) -> None:
+        """Step with the gradients, each parameter's constant added and then multiplied by ``factor``."""
         (group,) = self.param_groups
-        for parameter in group["params"]:
+        for parameter, constant in zip(group["params"], constants, strict=True):
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)

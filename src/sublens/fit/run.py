@@ -17,11 +17,13 @@ from sublens.fit.batches import Batches, BatchSource, random_state_kept
 from sublens.fit.checkpoint import RunFolder, State, check_storable
 from sublens.fit.optimizers import describe_optimizer, make_optimizer
 from sublens.fit.progress import Display
-from sublens.fit.settings import DEFAULT_LR, Record, Settings, Settled
+from sublens.fit.settings import DEFAULT_ALPHA, DEFAULT_LR, Record, Settings, Settled
+from sublens.fit.strength import AlphaPath, Controller
 from sublens.fit.training import Training
 from sublens.gates import Gate, Penalty
 from sublens.mask import Mask
 from sublens.masked_network import MaskedNetwork
+from sublens.ranking import Kept
 from sublens.selection import Where
 
 
@@ -52,7 +54,9 @@ def fit(
     loss: Callable[[nn.Module, Any], Tensor],
     *,
     steps: int = 20_000,
-    alpha: float = 1e-4,
+    alpha: float | AlphaPath | None = None,
+    kept: Kept | None = None,
+    per_layer: bool = False,
     penalty: Penalty = "logits",
     keep: float = 0.9,
     samples: int = 4,
@@ -85,7 +89,11 @@ def fit(
             and again, such as a DataLoader, one pass after the other.
         loss: ``loss(net, batch)`` returns a tensor with one number. ``net`` is called like the network.
         steps: number of steps, at least 1.
-        alpha: multiplies the penalty as it stands, at least 0. (The paper divides its alpha by the batch size.)
+        alpha: multiplies the penalty as it stands, at least 0; 1e-4 if neither it nor ``kept`` is given. (The paper
+            divides its alpha by the batch size.) An :class:`sublens.AlphaPath` grows through the run.
+        kept: how much the mask keeps at the end, instead of ``alpha``, which is then steered there: a float is a
+            fraction above 0 and at most 1, an int a number of elements (of groups, where these are masked).
+        per_layer: whether ``kept`` is that of each masked parameter, or of all together.
         penalty: ``"logits"``, the paper's sum of all logits, or ``"expected"``, the expected number of kept elements.
         keep: keep probability at the start, see :class:`sublens.MaskedNetwork`, as for the next six arguments.
         samples: number of draws of all gates per step.
@@ -103,7 +111,8 @@ def fit(
         settle: when to stop early; ``None`` trains for all ``steps``.
         folder: where ``history.jsonl`` and ``checkpoint.safetensors`` go. ``None`` writes nothing.
         resume: continue the run in ``folder`` if there is one; the result is the bit-identical mask and history.
-            Settings must be those it began with, except ``steps``, which may grow.
+            Settings must be those it began with, except ``steps``, which may grow (not where ``kept`` or an
+            ``AlphaPath`` is given: their way depends on ``steps``).
         checkpoint_every: steps between checkpoints. One more follows the last step, and Ctrl-C.
         progress: a bar on a terminal and lines elsewhere, on standard error; a string labels them, ``False`` is silent.
         callbacks: functions (or objects with ``__call__``) that are given a copy of each new record.
@@ -122,7 +131,9 @@ def fit(
     """
     settings = Settings(
         steps=steps,
-        alpha=alpha,
+        alpha=DEFAULT_ALPHA if alpha is None and kept is None else alpha,
+        kept=kept,
+        per_layer=per_layer,
         penalty=penalty,
         seed=seed,
         loss=loss,
@@ -145,7 +156,10 @@ def fit(
             network, keep=keep, samples=samples, seed=seed, where=where, biases=biases, gate=gate, batch_dim=batch_dim
         )
         with torch.no_grad():
-            masked.penalty(alpha, kind=penalty)  # refused here, before anything is written, where a gate takes none
+            # Refused here, before anything is written, where a gate takes no penalty.
+            masked.penalty(settings.alpha if isinstance(settings.alpha, (int, float)) else 1.0, kind=penalty)
+        if kept is not None:
+            Controller(masked, steps, kept, per_layer, [])  # likewise, a number of elements that there are not
         trainer = make_optimizer(settings, masked.logits)
         described = _describe(settings, masked, trainer, keep=keep, samples=samples, batch_dim=batch_dim)
         store: RunFolder | None = None
@@ -171,15 +185,20 @@ def fit(
 
 def _describe(settings: Settings, masked: MaskedNetwork, optimizer: Optimizer, **others: Any) -> dict[str, Any]:
     """All that a run's result depends on and that can be compared, as JSON. Functions cannot be."""
-    same = ("alpha", "penalty", "seed", "clip", "evaluate_every", "record_every")
+    same = ("penalty", "seed", "clip", "evaluate_every", "record_every")
     described = {
         **others,
         **{name: getattr(settings, name) for name in same},
+        "alpha": repr(settings.alpha) if isinstance(settings.alpha, AlphaPath) else settings.alpha,
         "settle": None if settings.settle is None else repr(settings.settle),
         "gate": repr(masked.gate),
         "optimizer": describe_optimizer(optimizer),
         "network": masked.fingerprint,
         "selection": {name: list(logit.shape) for name, logit in masked.logits.items()},
     }
+    if settings.kept is not None:
+        described |= {"kept": settings.kept, "per_layer": settings.per_layer}
+    if settings.scheduled:
+        described["steps"] = settings.steps
     loaded: dict[str, Any] = json.loads(json.dumps(described))
     return loaded

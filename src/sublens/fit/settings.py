@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sublens.errors import SettingError
+from sublens.fit.strength import AlphaPath
 from sublens.gates import Penalty
+from sublens.ranking import Kept, check_kept
 
 Record = dict[str, Any]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -20,7 +22,8 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 Callback = Callable[[Record], object]
 
 DEFAULT_LR = 1e-2
-OWN_FIELDS = ("step", "loss", "penalty", "kept", "gradient_norm")
+DEFAULT_ALPHA = 1e-4
+OWN_FIELDS = ("step", "loss", "penalty", "kept", "gradient_norm", "alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,9 @@ class Settings:
     """What one call of :func:`sublens.fit` was asked to do; see there for the meaning of each field."""
 
     steps: int
-    alpha: float
+    alpha: float | AlphaPath | None
+    kept: Kept | None
+    per_layer: bool
     penalty: Penalty
     seed: int
     loss: Loss
@@ -81,7 +86,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, "each step trains on one batch")
-        _number("alpha", self.alpha, 0.0, "a negative penalty would push every gate open; alpha=0 switches it off")
+        if not (self.alpha is None or isinstance(self.alpha, AlphaPath)):
+            _number("alpha", self.alpha, 0.0, "a negative penalty would push every gate open; alpha=0 switches it off")
+        self._check_kept()
         if self.penalty not in ("logits", "expected"):
             raise SettingError(
                 f"penalty={self.penalty!r} is unknown. Use 'logits' (the sum of the logits, as in the paper) or "
@@ -108,6 +115,27 @@ class Settings:
         if self.resume and self.folder is None:
             raise SettingError("resume=True needs folder=...: the checkpoint to resume from lies in the run's folder.")
         self._check_functions()
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a step depends on how many steps there are, so that a longer run is another run."""
+        return self.kept is not None or isinstance(self.alpha, AlphaPath)
+
+    def _check_kept(self) -> None:
+        if self.kept is None:
+            if self.per_layer:
+                raise SettingError("per_layer=True says how kept=... is meant, which is not given.")
+            return
+        check_kept(self.kept)
+        if self.alpha is not None:
+            raise SettingError(
+                f"alpha={self.alpha!r} and kept={self.kept!r} exclude each other: kept steers alpha. Leave one out."
+            )
+        if self.settle is not None:
+            raise SettingError(
+                f"settle={self.settle!r} and kept={self.kept!r} exclude each other: what is kept is steered "
+                "over all steps. Leave one out."
+            )
 
     def _check_functions(self) -> None:
         if not callable(self.loss):

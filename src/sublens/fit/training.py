@@ -21,6 +21,7 @@ from sublens.fit.checkpoint import RunFolder, State
 from sublens.fit.optimizers import Adam
 from sublens.fit.progress import Display
 from sublens.fit.settings import OWN_FIELDS, Record, Settings
+from sublens.fit.strength import AlphaPath, Controller
 from sublens.mask import binarise
 from sublens.masked_network import MaskedNetwork
 
@@ -49,6 +50,9 @@ class Training:
         self._folder = folder
         self._logits = masked.logits
         self._size = sum(logit.numel() for logit in self._logits.values())
+        self._controller: Controller | None = None
+        if settings.kept is not None:
+            self._controller = Controller(masked, settings.steps, settings.kept, settings.per_layer, state.steered)
         self._clock = time.perf_counter()
 
     def run(self, display: Display) -> Literal["steps", "settled"]:
@@ -58,6 +62,9 @@ class Training:
         try:
             while True:
                 last = state.step == settings.steps
+                if last and self._controller is not None:
+                    with uninterrupted():
+                        self._controller.finish()
                 evaluates = state.step % settings.evaluate_every == 0
                 # The last record of a run lies off the grid when it ends between two evaluations. It is then made after
                 # the checkpoint, and so is no part of it: a run taken further has the records of one never stopped.
@@ -100,7 +107,8 @@ class Training:
         loss.backward()
         # From here to the counters the run is in no state that a checkpoint could hold.
         with uninterrupted():
-            penalty, norm, broken = update(masked, self._optimizer, self._settings)
+            alpha = self._alpha()
+            penalty, norm, broken = update(masked, self._optimizer, self._settings, alpha)
             if broken is not None:
                 self._stop_on_gradient(broken)
             state.step += 1
@@ -109,7 +117,18 @@ class Training:
             state.count += 1
             state.loss += value
             state.penalty += penalty
+            state.alpha += sum(alpha.values()) / len(alpha) if isinstance(alpha, dict) else alpha
             state.norm += norm
+
+    def _alpha(self) -> float | dict[str, float]:
+        """Alpha of this step, of all layers or of each. The logits have the gradients of the task."""
+        step, settings = self.state.step, self._settings
+        if self._controller is not None:
+            return self._controller.alphas(step)
+        if isinstance(settings.alpha, AlphaPath):
+            return settings.alpha.at(step, settings.steps)
+        assert settings.alpha is not None  # one of the two is given
+        return settings.alpha
 
     def _record_due(self) -> bool:
         step, settings = self.state.step, self._settings
@@ -126,6 +145,8 @@ class Training:
             "kept": kept,
             "gradient_norm": state.norm / max(state.count, 1),
         }
+        if settings.scheduled:
+            record["alpha"] = state.alpha / max(state.count, 1)
         if evaluates:
             record |= self._evaluate()
         with uninterrupted():
@@ -133,7 +154,7 @@ class Training:
                 state.position = self._folder.append(record)
             self.history.append(record)
             state.recorded = state.step
-            state.count, state.loss, state.penalty, state.norm = 0, 0.0, 0.0, 0.0
+            state.count, state.loss, state.penalty, state.alpha, state.norm = 0, 0.0, 0.0, 0.0, 0.0
             if evaluates and settings.settle is not None:
                 metrics = [value for name, value in record.items() if name not in OWN_FIELDS]
                 state.seen = [*state.seen, [kept, *metrics]][-settings.settle.window :]
@@ -216,19 +237,21 @@ class Training:
         return f" The checkpoint after {self._folder.checkpoint_step} steps is kept in {self._folder.path}."
 
 
-def update(masked: MaskedNetwork, optimizer: Optimizer, settings: Settings) -> tuple[float, float, str | None]:
+def update(
+    masked: MaskedNetwork, optimizer: Optimizer, settings: Settings, alpha: float | dict[str, float]
+) -> tuple[float, float, str | None]:
     """Add the penalty's gradient to the task's, clip both together, and let the optimizer step.
 
     Returns:
         The penalty, the gradient norm of all logits before clipping, and the name of the first parameter whose logits
         have a gradient that is not finite. If there is one, nothing was updated.
     """
-    constant = masked.penalty_slope(settings.alpha, settings.penalty)
-    if constant is not None and isinstance(optimizer, Adam) and optimizer.takes():
-        return _update_in_two_passes(masked, optimizer, settings, constant)
+    slopes = masked.penalty_slopes(alpha, settings.penalty)
+    if slopes is not None and isinstance(optimizer, Adam) and optimizer.takes():
+        return _update_in_two_passes(masked, optimizer, settings, alpha, list(slopes.values()))
     value = 0.0
-    if settings.alpha > 0:
-        penalty = masked.penalty(settings.alpha, kind=settings.penalty)
+    if alpha:
+        penalty = masked.penalty(alpha, kind=settings.penalty)
         penalty.backward()
         value = penalty.item()
     # Only the logits are here. Clipping over the frozen weights too is what changes the official code's masks.
@@ -249,15 +272,19 @@ def update(masked: MaskedNetwork, optimizer: Optimizer, settings: Settings) -> t
 
 
 def _update_in_two_passes(
-    masked: MaskedNetwork, optimizer: Adam, settings: Settings, constant: float
+    masked: MaskedNetwork,
+    optimizer: Adam,
+    settings: Settings,
+    alpha: float | dict[str, float],
+    constants: list[float],
 ) -> tuple[float, float, str | None]:
-    """The same where the penalty's gradient is one number: it is added while the gradients are read anyway."""
-    value = masked.penalty(settings.alpha, kind=settings.penalty).item() if settings.alpha > 0 else 0.0
-    norms = optimizer.norms(constant)
+    """The same where the penalty's gradient is a constant: it is added while the gradients are read anyway."""
+    value = masked.penalty(alpha, kind=settings.penalty).item() if alpha else 0.0
+    norms = optimizer.norms(constants)
     norm = torch.linalg.vector_norm(norms).item()
     if not math.isfinite(norm):
         return value, norm, list(masked.logits)[int(torch.nan_to_num(norms, nan=math.inf).argmax())]
-    optimizer.update(constant, _clipping(settings, norm))
+    optimizer.update(constants, _clipping(settings, norm))
     return value, norm, None
 
 

@@ -80,8 +80,8 @@ class TopK(Gate):
             SettingError: always.
         """
         raise SettingError(
-            f"{self} keeps its fraction whatever the penalty is, so alpha would have no effect. Set alpha=0, and "
-            "choose how much is kept by fraction."
+            f"{self} keeps its fraction whatever the penalty is, so alpha (and kept, which steers it) would have no "
+            "effect. Set alpha=0, and choose how much is kept by the gate's fraction."
         )
 
     def start(self, logits: Tensor, draw: Draw) -> Tensor:
