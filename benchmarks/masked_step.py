@@ -3,11 +3,11 @@
     python benchmarks/masked_step.py [--networks 400,400,200 2000,2000,2000,2000 lstm conv transformer] [--json FILE]
 
 A network is the widths of a feed-forward one's hidden layers, or one of lstm, conv, transformer and large (a
-Transformer of 101 M masked weights). Checks equality first (the fused path against the reference path, outputs and gradients), then
-times, in turns within one process, a plain training step and masked steps, and prints the median of the ratios taken
-pair by pair. "fit" is the step that ``sublens.fit`` makes, with 1, 4 and 8 samples; "loop" the same in a loop of one's
-own with ``torch.optim.Adam``; "textbook" the straightforward implementation (feed-forward networks only). Peak memory
-is read in a process of its own for each kind of step.
+Transformer of 101 M masked weights). The benchmark checks equality first (the fused path against the reference path,
+outputs and gradients), then times, in turns within one process, a plain training step and masked steps, and prints the
+median of the ratios taken pair by pair. "fit" is the step that ``sublens.fit`` makes, with 1, 4 and 8 samples; "loop"
+the same in a loop of one's own with ``torch.optim.Adam``; "textbook" the straightforward implementation (feed-forward
+networks only). Peak memory is read in a process of its own for each kind of step.
 """
 
 import argparse
