@@ -51,6 +51,9 @@ class MaskedNetwork(nn.Module):
         gate: the estimator; :class:`sublens.GumbelSigmoid` if not given.
         batch_dim: dimension of the batch in the first tensor that the network is called with (1 for sequence-first
             networks).
+        frozen: whether the weights stay as they are. With ``False`` a loss also has gradients for the network's masked
+            weights (none where a gate is closed in every sample), for an optimizer of yours that trains them along with
+            the logits. Its other parameters stay out of that.
 
     Attributes:
         network: the network.
@@ -72,6 +75,7 @@ class MaskedNetwork(nn.Module):
         biases: bool = False,
         gate: Gate | None = None,
         batch_dim: int = 0,
+        frozen: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(network, MaskedNetwork):
@@ -85,6 +89,7 @@ class MaskedNetwork(nn.Module):
         self.seed = seed
         self.gate = gate if gate is not None else GumbelSigmoid()
         self.batch_dim = batch_dim
+        self.frozen = frozen
         self.step = 0
         self._ids = {name: parameter_id(name) for name in selected}
         self._aliases = tied_names(network)
@@ -113,8 +118,10 @@ class MaskedNetwork(nn.Module):
         """Fingerprint of the network, see :func:`sublens.fingerprint`.
 
         Raises:
-            MismatchError: the network's weights are no longer those it was made for.
+            MismatchError: the network's weights are frozen and yet no longer those it was made for.
         """
+        if not self.frozen:
+            return fingerprint(self.network)
         if fingerprint(self.network) != self._fingerprint:
             raise MismatchError(
                 "The network's weights have changed since it was masked, so the logits belong to a network that no "
@@ -227,7 +234,7 @@ class MaskedNetwork(nn.Module):
         if kind not in self._general and not linear_route.applies(self.network, logits, self.gate):
             self._general[kind] = True
         # Under autocast the general route: the blocked product has one precision.
-        if self._general.get(kind) or batch.size % self.samples or torch.is_autocast_enabled("cpu"):
+        if self._general.get(kind) or not self.frozen or batch.size % self.samples or torch.is_autocast_enabled("cpu"):
             return None
 
         def put(name: str, weight: Tensor) -> Tensor:
@@ -262,7 +269,9 @@ class MaskedNetwork(nn.Module):
         tensors: dict[str, Tensor] = {}
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
         for name, aliases in self._aliases.items():
-            weight = parameters[name].detach()
+            weight: Tensor = parameters[name]
+            if self.frozen or name not in self._ids or not self.training:
+                weight = weight.detach()
             # All names of a tied tensor get the same object, so that it is sampled once.
             tensors |= dict.fromkeys(aliases, put(name, weight) if name in self._ids else weight)
         copies: dict[int, Tensor] = {}
@@ -353,12 +362,15 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: FunctionCtx, logits: Tensor, weight: Tensor, gate: Gate, draw: Draw) -> Tensor:
         ctx.save_for_backward(logits, weight)
         ctx.gate, ctx.draw = gate, draw  # type: ignore[attr-defined]
-        return gate.masked(weight, logits.detach(), draw)
+        return gate.masked(weight.detach(), logits.detach(), draw)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         logits, weight = ctx.saved_tensors
-        return ctx.gate.logit_gradient(gradient, weight, logits.detach(), ctx.draw), None, None, None
+        weight, logits = weight.detach(), logits.detach()
+        # A masked weight is the weight times its sample, so the gradient of the weight is the gradient times that.
+        of_weight = ctx.gate.masked(gradient, logits, ctx.draw) if ctx.needs_input_grad[1] else None
+        return ctx.gate.logit_gradient(gradient, weight, logits, ctx.draw), of_weight, None, None
 
 
 @contextmanager

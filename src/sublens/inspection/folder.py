@@ -105,6 +105,12 @@ class Folder:
         """Return the file of a mask."""
         return self.masks / f"{name}.safetensors"
 
+    def network_of(self, task: str) -> Path:
+        """Return the file of the weights that a task left, where weights and masks train together."""
+        folder = self.path / "networks"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{task}.safetensors"
+
     def checkpoints(self, part: str) -> Path:
         """Return the folder of a part's checkpoint while it is being trained."""
         return self.path / "unfinished" / part
