@@ -27,8 +27,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "network_steps": 1_500,
         "network_lr": 2e-3,
-        "mask_steps": 2_000,
-        "mask_lr": 3e-2,
+        "mask_steps": 1_000,
+        "mask_lr": 4e-2,
         "evaluate_every": 500,
         "repeated": ("first",),
         "train_samples": None,

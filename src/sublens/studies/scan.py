@@ -37,12 +37,12 @@ _QUICK: dict[str, Any] = {
     "network_steps": 1_600,
     "network_lr": 5e-3,
     "network_clip": 5.0,
-    "mask_steps": 500,
-    "mask_lr": 5e-2,
+    "mask_steps": 300,
+    "mask_lr": 8e-2,
     "mask_clip": 5.0,
-    "evaluate_every": 250,
+    "evaluate_every": 150,
     "random_masks": 3,
-    "tested": 300,
+    "tested": 200,
 }
 _PRESETS = {"paper": _PAPER, "quick": _QUICK}
 
