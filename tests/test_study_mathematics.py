@@ -27,8 +27,10 @@ from sublens.studies.mathematics_data import (
     decoded,
     encoded,
     question,
-    test_set as questions_tested,
     training_question,
+)
+from sublens.studies.mathematics_data import (
+    test_set as questions_tested,
 )
 from sublens.study import Asked
 
