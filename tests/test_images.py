@@ -1,9 +1,9 @@
-"""Images: the files of CIFAR-10 and MNIST written byte by byte, the digits, the tasks, and the networks."""
+"""Images: the files of CIFAR-10 and MNIST written byte by byte, the digits, and the networks."""
 
-import gzip
 import pickle
-import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,48 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sublens.errors import FileError
-from sublens.studies.image_files import Images, Part, load_images
+from sublens.studies.image_files import load_images
 from sublens.studies.image_networks import ConvNet, ResNet
-from sublens.studies.images import _augmented, confusion, image_task, loss
 
-
-def write_cifar(folder: Path, per_file: int = 20) -> dict[str, tuple[list[int], np.ndarray]]:
-    """Write CIFAR-10 in its binary version; return each file's labels and images [N, 3, 32, 32]."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    written = {}
-    for name in (*(f"data_batch_{part}.bin" for part in range(1, 6)), "test_batch.bin"):
-        labels = [int(label) for label in random.permutation(per_file) % 10]
-        pixels = random.integers(0, 256, (per_file, 3, 32, 32), dtype=np.uint8)
-        records = [bytes([label]) + image.tobytes() for label, image in zip(labels, pixels, strict=True)]
-        (folder / name).write_bytes(b"".join(records))
-        written[name] = (labels, pixels)
-    return written
-
-
-def idx(values: np.ndarray) -> bytes:
-    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-    return header + values.tobytes()
-
-
-def write_mnist(folder: Path, *, packed: bool = False) -> dict[str, np.ndarray]:
-    """Write MNIST's four files with 30 training and 20 test images; return their contents by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(1)
-    written = {}
-    for prefix, count in (("train", 30), ("t10k", 20)):
-        written[f"{prefix}-images-idx3-ubyte"] = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        written[f"{prefix}-labels-idx1-ubyte"] = (np.arange(count) % 10).astype(np.uint8)
-    for name, values in written.items():
-        if packed:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(values)))
-        else:
-            (folder / name).write_bytes(idx(values))
-    return written
+Writer = Callable[..., Any]
 
 
 @pytest.mark.parametrize("inside", ["", "cifar-10-batches-bin"])
-def test_cifar_is_read_as_it_was_written(tmp_path: Path, inside: str) -> None:
+def test_cifar_is_read_as_it_was_written(write_cifar: Writer, tmp_path: Path, inside: str) -> None:
     written = write_cifar(tmp_path / inside)
     images = load_images(tmp_path)
     assert (images.source, images.shape) == ("cifar10", (3, 32, 32))
@@ -68,7 +34,7 @@ def test_cifar_is_read_as_it_was_written(tmp_path: Path, inside: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("inside", ["", "MNIST/raw"])
-def test_mnist_is_read_as_it_was_written(tmp_path: Path, packed: bool, inside: str) -> None:
+def test_mnist_is_read_as_it_was_written(write_mnist: Writer, tmp_path: Path, packed: bool, inside: str) -> None:
     written = write_mnist(tmp_path / inside, packed=packed)
     images = load_images(str(tmp_path))
     assert (images.source, images.shape, len(images.classes)) == ("mnist", (1, 28, 28), 10)
@@ -102,7 +68,7 @@ def test_folders_without_images_say_what_is_wanted(tmp_path: Path) -> None:
         load_images(tmp_path)
 
 
-def test_damaged_cifar_is_refused(tmp_path: Path) -> None:
+def test_damaged_cifar_is_refused(write_cifar: Writer, tmp_path: Path) -> None:
     write_cifar(tmp_path / "missing")
     (tmp_path / "missing" / "data_batch_3.bin").unlink()
     (tmp_path / "missing" / "test_batch.bin").unlink()
@@ -119,7 +85,7 @@ def test_damaged_cifar_is_refused(tmp_path: Path) -> None:
             load_images(tmp_path / name)
 
 
-def test_damaged_mnist_is_refused(tmp_path: Path) -> None:
+def test_damaged_mnist_is_refused(write_mnist: Writer, idx: Callable[[np.ndarray], bytes], tmp_path: Path) -> None:
     whole = idx(np.zeros((30, 28, 28), np.uint8))
     labels = idx((np.arange(30) % 10).astype(np.uint8))
     for number, (name, content, message) in enumerate(
@@ -163,7 +129,7 @@ def test_the_digits_are_split_once_and_evenly() -> None:
     assert images.described["sha256"] == load_images(None).described["sha256"]
 
 
-def test_pixels_are_standardised_by_the_training_images(tmp_path: Path) -> None:
+def test_pixels_are_standardised_by_the_training_images(write_cifar: Writer, tmp_path: Path) -> None:
     write_cifar(tmp_path)
     images = load_images(tmp_path)
     standard = images.standard(images.train.pixels)
@@ -173,77 +139,6 @@ def test_pixels_are_standardised_by_the_training_images(tmp_path: Path) -> None:
     expected = (images.test.pixels[:, 1].double() - raw.mean()) / raw.std(correction=0)
     torch.testing.assert_close(images.standard(images.test.pixels)[:, 1].double(), expected, atol=1e-5, rtol=0)
     assert images.described["sha256"] != load_images(None).described["sha256"]
-
-
-def small(count: int = 40) -> Images:
-    """Each image's only pixel value is its number, and its class the number's last digit."""
-    numbers = torch.arange(count)
-    part = Part(pixels=numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 5), labels=numbers % 10)
-    return Images(source="digits", classes=tuple("0123456789"), train=part, test=part)
-
-
-def test_a_task_draws_and_measures_its_own_classes_only() -> None:
-    images = small()
-    task = image_task("some", images, (2, 5), 64)
-    inputs, labels = task.batches_for(3)(7)
-    assert inputs.shape == (64, 1, 4, 5)
-    assert set(labels.tolist()) == {2, 5}
-    numbers = (inputs[:, 0, 0, 0] * images._spread[1].item() + images._spread[0].item()).round().long()
-    assert torch.equal(numbers % 10, labels)
-    assert torch.equal(inputs, task.batches_for(3)(7)[0])
-    assert not torch.equal(labels, task.batches_for(3)(8)[1])
-    assert not torch.equal(labels, task.batches_for(4)(7)[1])
-
-
-class Answers(nn.Module):
-    """Answers the class of each image of :func:`small`, plus ``shift``."""
-
-    def __init__(self, images: Images, shift: int = 0) -> None:
-        super().__init__()
-        self.images, self.shift = images, shift
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean, deviation = self.images._spread
-        number = (x * deviation + mean)[:, 0, 0, 0].round().long()
-        return 20.0 * nn.functional.one_hot((number + self.shift) % 10, 10)
-
-
-def test_accuracy_and_confusion_are_counted_right() -> None:
-    images = small()
-    task = image_task("some", images, (2, 5), 8)
-    assert task.metric(Answers(images)) == 1.0
-    assert task.metric(Answers(images, 1)) == 0.0
-    assert task.loss(Answers(images), task.batches_for(0)(0)).item() == pytest.approx(0, abs=1e-6)
-    table = confusion(images)(Answers(images, 3))
-    assert table["2"] == {str(name): float(name == 5) for name in range(10)}
-    assert table["9"]["2"] == 1.0
-
-
-def test_the_loss_is_cross_entropy_over_all_classes() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(20, 10))
-    inputs, labels = image_task("some", small(), (2, 5), 8).batches_for(0)(0)
-    out = torch.log_softmax(net(inputs), 1)
-    assert loss(net, (inputs, labels)).item() == pytest.approx(-sum(out[i, labels[i]].item() for i in range(8)) / 8)
-
-
-def test_augmented_images_are_shifted_and_mirrored_whole() -> None:
-    image = torch.arange(1.0, 81.0).view(1, 1, 8, 10).expand(300, 2, -1, -1)
-    made = _augmented(image, torch.Generator().manual_seed(0))
-    assert made.shape == image.shape
-    padded = nn.functional.pad(image[0, 0], (4, 4, 4, 4))
-    possible = {}
-    for down in range(9):
-        for right in range(9):
-            window = padded[down : down + 8, right : right + 10]
-            possible[tuple(window.flatten().tolist())] = (down, right, False)
-            possible[tuple(window.flip(1).flatten().tolist())] = (down, right, True)
-    seen = [possible[tuple(one[0].flatten().tolist())] for one in made]
-    assert {down for down, _, _ in seen} == {right for _, right, _ in seen} == set(range(9))
-    assert {flipped for _, _, flipped in seen} == {False, True}
-    assert torch.equal(made[:, 0], made[:, 1])  # all channels alike
-    again = _augmented(image, torch.Generator().manual_seed(0))
-    assert torch.equal(made, again)
 
 
 def sizes(network: nn.Module) -> list[tuple[int, ...]]:

@@ -216,7 +216,7 @@ def test_the_penalty_closes_gates_and_is_recorded(finished: Path, tmp_path: Path
     assert masks_of(tmp_path / "none")["zero"].kept > masks_of(finished)["zero"].kept
 
 
-@pytest.mark.parametrize("stop", [3, 50, 101])
+@pytest.mark.parametrize("stop", [3, 101])
 def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(finished: Path, tmp_path: Path, stop: int) -> None:
     calls = 0
 
@@ -252,11 +252,8 @@ def test_a_killed_run_resumes_to_the_same_bits(finished: Path, tmp_path: Path) -
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    for limit in (60, 35):
-        process = subprocess.run(
-            [sys.executable, script, str(limit), tmp_path / "run"], env={**os.environ, "PYTHONPATH": paths}
-        )
-        assert process.returncode == -signal.SIGKILL
+    process = subprocess.run([sys.executable, script, "60", tmp_path / "run"], env={**os.environ, "PYTHONPATH": paths})
+    assert process.returncode == -signal.SIGKILL
     run(tmp_path / "run", make_study(), resume=True)
     assert contents(tmp_path / "run") == contents(finished)
 

@@ -1,6 +1,7 @@
 """``inspect``: from a study to a finished run folder."""
 
 import dataclasses
+import json
 import os
 import platform
 import time
@@ -14,16 +15,18 @@ import torch
 from torch import nn
 
 import sublens
-from sublens.analysis import accuracies, interrogate, measuring, overlap
+from sublens.analysis import accuracies, gather, interrogate, judge, measuring, overlap
 from sublens.answers import Answer
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
 from sublens.fit.batches import random_state_kept, seed_torch
 from sublens.fit.settings import Record
+from sublens.groups import check_groups, group
 from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
 from sublens.inspection.network import load_network, prepared, save_network, train_network
 from sublens.inspection.together import train_together
 from sublens.mask import Mask
+from sublens.questions import Found, ask, keep_histogram
 from sublens.selection import Where, match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
 
@@ -39,6 +42,7 @@ def inspect(
     steps: int | None = None,
     samples: int | None = None,
     alpha: float | None = None,
+    groups: Any = None,
     resume: bool = False,
     network: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -56,6 +60,7 @@ def inspect(
         steps: training steps of each mask, instead of the study's.
         samples: draws per step, instead of the study's.
         alpha: weight of the penalty before the division by the batch size, instead of the study's.
+        groups: what shares a logit, instead of the study's.
         resume: go on with the run in ``out``, if there is one. Finished parts are not done again.
         network: file of weights (``.safetensors``, ``.pt``, ``.pth``); the network is then not trained.
         progress: whether to show how far the training is.
@@ -70,13 +75,13 @@ def inspect(
         FileError: a file cannot be read or written.
     """
     weights = None if network is None else Path(network)
-    study, config = _asked(study, seed, steps, samples, alpha, weights)
+    study, config = _asked(study, seed, steps, samples, alpha, groups, weights)
     folder = Folder(default_folder(study, seed) if out is None else Path(out), config, resume=resume)
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
     if result is None:
         networks, masks = _trained(study, seed, folder, weights, progress)
         clock = time.perf_counter()
-        answers = _answers(study, networks, masks, seed)
+        answers = _answers(study, networks, masks, seed, folder.keep_probabilities())
         seconds = {**folder.seconds(), "analysis": time.perf_counter() - clock}
         seconds["total"] = sum(seconds.values())
         rounded = {name: round(value, 2) for name, value in seconds.items()}
@@ -98,6 +103,7 @@ def progress_of(
     steps: int | None = None,
     samples: int | None = None,
     alpha: float | None = None,
+    groups: Any = None,
     network: str | os.PathLike[str] | None = None,
 ) -> Literal["new", "begun", "finished"]:
     """Return how far the run that :func:`inspect` would make of these arguments has come in ``out``.
@@ -108,7 +114,7 @@ def progress_of(
         FileError: a file cannot be read.
     """
     weights = None if network is None else Path(network)
-    _, config = _asked(study, seed, steps, samples, alpha, weights)
+    _, config = _asked(study, seed, steps, samples, alpha, groups, weights)
     path = Path(out)
     if not is_used(path):
         return "new"
@@ -116,20 +122,27 @@ def progress_of(
 
 
 def _asked(
-    study: Study, seed: int, steps: int | None, samples: int | None, alpha: float | None, weights: Path | None
+    study: Study,
+    seed: int,
+    steps: int | None,
+    samples: int | None,
+    alpha: float | None,
+    groups: Any,
+    weights: Path | None,
 ) -> tuple[Study, dict[str, Any]]:
     """Return the study with what was asked put in, and everything that the run depends on."""
     if not isinstance(study, Study):
         raise StudyError(f"inspect takes a sublens.Study, such as study() returns, not a {type(study).__name__}.")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise SettingError(f"seed={seed!r} must be a whole number from 0 to 2**63-1.")
-    changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha}
+    changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha, "groups": groups}
     study = dataclasses.replace(study, **{name: value for name, value in changes.items() if value is not None})
     if study.together is not None and weights is not None:
         raise SettingError(
             f"The study {study.name} trains weights and masks together, so it has no use for the weights in {weights}."
             " Leave the network out."
         )
+    check_groups(study.groups)
     return study, _config(study, seed, None if weights is None else hash_of(weights))
 
 
@@ -146,10 +159,11 @@ def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
         "network_warmup", "network_milestones",
         "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
         "penalty", "keep", "samples", "biases", "batch_dim", "evaluate_every", "first_half", "repeated", "random_masks",
-        "functions", "from_control",
+        "functions", "compared", "from_control",
     )  # fmt: skip
     settings = {name: getattr(study, name) for name in plain}
     settings["where"] = study.where if study.where is None or isinstance(study.where, str) else _described(study.where)
+    settings["groups"] = _described(study.groups)
     settings["tasks"] = [task.name for task in study.tasks]
     settings["control"] = study.control.name
     settings["questions"] = list(study.questions)
@@ -157,13 +171,17 @@ def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     settings["prepare"] = None if study.prepare is None else _described(study.prepare)
     settings["study"] = study.settings
     settings["network_file_sha256"] = weights
-    return {"study": study.name, "preset": study.preset, "seed": seed, "settings": settings}
+    config = {"study": study.name, "preset": study.preset, "seed": seed, "settings": settings}
+    read_back: dict[str, Any] = json.loads(json.dumps(config))  # as the folder's files have it: tuples are lists
+    return read_back
 
 
 def _described(where: Any) -> Any:
     if isinstance(where, (list, tuple)):
         return [_described(item) for item in where]
-    return where if isinstance(where, str) else getattr(where, "__qualname__", type(where).__qualname__)
+    return (
+        where if isinstance(where, (str, int, type(None))) else getattr(where, "__qualname__", type(where).__qualname__)
+    )
 
 
 def _trained(
@@ -226,6 +244,7 @@ def _mask(
         seed=part_seed,
         where=_without(study.where, taken),
         biases=study.biases,
+        groups=study.groups,
         batch_dim=study.batch_dim,
         lr=study.mask_lr,
         clip=study.mask_clip,
@@ -237,6 +256,7 @@ def _mask(
         progress=f"mask {name}" if progress else False,
     )
     folder.finish(name, run.history, run.seconds)
+    folder.note_keep_probabilities(name, keep_histogram(run.logits))
     mask = run.mask
     if control is not None and taken:
         mask = Mask({layer: (control if layer in taken else mask)[layer] for layer in control}, control.network)
@@ -258,17 +278,25 @@ def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:
     return {task.name: task.metric for task in study.tasks}
 
 
-def _answers(study: Study, networks: dict[str, nn.Module], masks: dict[str, Mask], seed: int) -> dict[str, Any]:
+def _answers(
+    study: Study,
+    networks: dict[str, nn.Module],
+    masks: dict[str, Mask],
+    seed: int,
+    keep_probabilities: dict[str, list[int]],
+) -> dict[str, Any]:
     """Ask every question; see ``docs/studies.md`` for what each answer means."""
     metrics = _metrics(study)
     net = networks[study.tasks[-1].name]
     repeats = {name: masks[repeat_of(name)] for name in study.repeated}
     # Masks that trained along with their weights are compared by their places in the network.
-    placed = {name: masks[name].bind(net) for name in metrics}
+    placed = masks if study.together is None else {name: mask.bind(net) for name, mask in masks.items()}
     asked = {name: masks[name] for name in (study.control.name, *metrics)}
+    groupings = group(net, study.where, study.biases, study.groups)
+    # What is chosen together counts once, or chance would be taken for much narrower than it is.
+    units = {name: mask.by_group(groupings) for name, mask in placed.items()}
     overlaps = [
-        {"masks": [first, second], **overlap(placed[first], placed[second])}
-        for first, second in combinations(metrics, 2)
+        {"masks": [first, second], **overlap(units[first], units[second])} for first, second in combinations(metrics, 2)
     ]
     answers: dict[str, Any] = {
         "network": {
@@ -282,6 +310,7 @@ def _answers(study: Study, networks: dict[str, nn.Module], masks: dict[str, Mask
                 half=study.first_half,
                 draws=study.random_masks,
                 seed=seed_from(seed, name, "random"),
+                groupings=groupings,
             )
             for name, mask in asked.items()
         },
@@ -290,7 +319,7 @@ def _answers(study: Study, networks: dict[str, nn.Module], masks: dict[str, Mask
             name: {
                 "accuracy": accuracies(net, metrics, mask),
                 "kept": mask.kept,
-                "overlap": {"masks": [name, repeat_of(name)], **overlap(masks[name], mask)},
+                "overlap": {"masks": [name, repeat_of(name)], **overlap(units[name], units[repeat_of(name)])},
             }
             for name, mask in repeats.items()
         },
@@ -300,11 +329,40 @@ def _answers(study: Study, networks: dict[str, nn.Module], masks: dict[str, Mask
     if study.confusion is not None:
         answers["confusion"] = {"network": _confusion(study, net, None)}
         answers["confusion"] |= {name: _confusion(study, networks[name], mask) for name, mask in asked.items()}
-    if study.questions:
-        answers["answers"] = _asked_questions(
-            Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed, networks=networks)
+    answers["verdict"] = _verdict(study, placed, answers, seed)
+    everything = Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed, networks=networks)
+    if study.together is None:  # else each mask has another network, and these questions are asked of one
+        found = Found(
+            network=answers["network"]["accuracy"],
+            masks=answers["masks"],
+            repeats={name: answers["repeats"][name]["accuracy"] for name in repeats},
+            confusion=answers.get("confusion", {}),
+            keep_probabilities={name: counts for name, counts in keep_probabilities.items() if name in asked},
         )
+        answers["analysis"] = {name: answer.as_json() for name, answer in ask(everything, found).items()}
+    if study.questions:
+        answers["answers"] = _asked_questions(everything)
     return answers
+
+
+def _verdict(study: Study, masks: dict[str, Mask], answers: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Judge the paper's two properties; the rule stands in ``sublens.analysis.verdict``."""
+    functions = {task.name: task.name for task in study.tasks} if study.functions is None else study.functions
+    layers = None if study.compared is None else match_names(study.compared, masks[study.control.name].names)
+    evidence = gather(
+        functions,
+        masks,
+        {name: masks[repeat_of(name)] for name in study.repeated},
+        {name: entry["accuracy"] for name, entry in answers["masks"].items()},
+        answers["network"]["accuracy"],
+        {
+            name: {task: band["mean"] for task, band in entry.get("random_accuracy", {}).items()}
+            for name, entry in answers["masks"].items()
+        },
+        layers=layers,
+        seed=seed_from(seed, "verdict") % 2**32,
+    )
+    return judge(evidence)
 
 
 def _asked_questions(asked: Asked) -> dict[str, Any]:

@@ -82,7 +82,7 @@ _BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 
 # The fields of a Study that a command may change. batch_size is not among them: the tasks' batches would not follow it.
 _FIELDS = (
-    "network_steps", "network_lr", "network_clip", "mask_lr", "mask_clip", "penalty", "keep", "biases",
+    "network_steps", "network_lr", "network_clip", "mask_lr", "mask_clip", "penalty", "keep", "biases", "groups",
     "evaluate_every", "random_masks",
 )  # fmt: skip
 

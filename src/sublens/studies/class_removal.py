@@ -78,8 +78,9 @@ def study(preset: str = "quick", *, folder: str | None = None, dropout: bool = T
         FileError: the folder does not hold images.
     """
     chosen = chosen_preset(_PRESETS, preset)
-    first = chosen.pop("width") if width is None else width
-    channels = [whole("width", first, 1, 512) * 2**layer for layer in range(4)]
+    usual = chosen.pop("width")
+    first = whole("width", usual if width is None else width, 1, 512)
+    channels = [first * 2**layer for layer in range(4)]
     truth("dropout", dropout)
     images = load_images(folder)
     return _study(

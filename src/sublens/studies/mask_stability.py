@@ -30,7 +30,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "quick": {
         "width": 16,
-        "pairs": 4,
+        "pairs": 3,
         "network_steps": 600,
         "network_lr": 2e-3,
         "mask_steps": 400,
@@ -49,7 +49,7 @@ def study(
     """Return the study. Its network is trained without dropout, as in the paper.
 
     Args:
-        preset: ``"quick"`` (minutes, four pairs, a network half as wide) or ``"paper"`` (its steps and settings).
+        preset: ``"quick"`` (minutes, three pairs, a network half as wide) or ``"paper"`` (its steps and settings).
         folder: of CIFAR-10 or MNIST, see :func:`sublens.studies.image_files.load_images`; without one, scikit-learn's
             handwritten digits.
         pairs: how many pairs of classes, drawn by chance, the same for every seed of a run.
