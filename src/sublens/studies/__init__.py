@@ -77,6 +77,11 @@ _BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "study",
             "Learn the same digits under one permutation of their pixels after the other: is anything reused?",
         ),
+        "probe": (
+            "sublens.studies.probe",
+            "study",
+            "Number and tense in a pretrained sentence encoder: which weights make them readable? (sublens[probe])",
+        ),
     }
 )
 
