@@ -43,7 +43,6 @@ _QUICK_LSTM: dict[str, Any] = {
     "mask_lr": 5e-2,
     "alpha": 4e-4,
     "evaluate_every": 300,
-    "repeated": (),
 }
 
 
