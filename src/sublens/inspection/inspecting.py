@@ -72,7 +72,7 @@ def inspect(
     folder = Folder(default_folder(study, seed) if out is None else Path(out), config, resume=resume)
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
     if result is None:
-        net = _network(study, seed, folder, weights, progress)
+        net = network_of(study, seed, folder, weights, progress)
         masks: dict[str, Mask] = {}
         for name, task in _parts(study).items():
             masks[name] = _mask(study, task, name, net, masks.get(study.control.name), seed, folder, progress)
@@ -126,7 +126,7 @@ def _asked(
         raise SettingError(f"seed={seed!r} must be a whole number from 0 to 2**63-1.")
     changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha}
     study = dataclasses.replace(study, **{name: value for name, value in changes.items() if value is not None})
-    return study, _config(study, seed, None if weights is None else hash_of(weights))
+    return study, config_of(study, seed, None if weights is None else hash_of(weights))
 
 
 def _parts(study: Study) -> dict[str, Task]:
@@ -135,7 +135,7 @@ def _parts(study: Study) -> dict[str, Task]:
     return {**tasks, **{repeat_of(name): tasks[name] for name in study.repeated}}
 
 
-def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
+def config_of(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     """Return everything a run depends on that can be written down."""
     plain = (
         "network_steps", "network_lr", "network_clip", "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
@@ -159,7 +159,8 @@ def _described(where: Any) -> Any:
     return where if isinstance(where, str) else getattr(where, "__qualname__", type(where).__qualname__)
 
 
-def _network(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
+def network_of(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
+    """Return the study's network: from the folder, from a file of weights, or trained; in the folder afterwards."""
     if folder.network.exists():
         return load_network(study, seed, folder.network)
     if weights is not None:
