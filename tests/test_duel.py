@@ -19,7 +19,7 @@ from sublens import dueling
 from sublens.cli import run
 from sublens.dueling import duel
 from sublens.errors import MismatchError, SettingError
-from sublens.report.duel_table import _T, interval
+from sublens.report.duel_table import interval
 from sublens.study import seed_from
 
 SEEN: list[tuple[int, int]] = []
@@ -143,11 +143,22 @@ def test_table_page_and_figure_say_the_same(tmp_path: Path) -> None:
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_points_of_students_distribution() -> None:
-    assert pytest.approx([stats.t.ppf(0.975, df) for df in range(1, 31)], abs=6e-4) == list(_T)
+def test_gates_whose_fraction_is_given_take_it() -> None:
+    assert sl.TopK.for_run(steps=10, kept=0.1) == sl.TopK(0.1, per_layer=False)
+    assert sl.NOfM.for_run(steps=10, kept=0.5) == sl.NOfM(1, 2)
+    assert sl.NOfM.for_run(steps=10, kept=0.15) == sl.NOfM(3, 20)
+    assert sl.ContinuousSparsification.for_run(steps=10, kept=0.1) == sl.ContinuousSparsification(10)
+    assert [gate().takes_penalty for gate in (sl.TopK, sl.NOfM, sl.GumbelSigmoid)] == [False, False, True]
+
+
+def test_one_seed_has_no_interval() -> None:
     assert interval([0.5]) is None
-    mean, low, high = interval([0.1, 0.3]) or (0, 0, 0)
-    assert (mean, low, high) == pytest.approx((0.2, 0.2 - 1.2706, 0.2 + 1.2706))
+    assert interval([0.1, 0.3]) == pytest.approx((0.2, 0.2 - 1.2706, 0.2 + 1.2706), abs=1e-4)
+
+
+def test_groups_are_not_compared(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"masks groups \('row'\); a duel counts weights"):
+        duel(study(groups="row"), ["TopK"], [0.5], out=tmp_path / "duel", progress=False)
 
 
 def test_memory_is_the_peak_of_the_block() -> None:

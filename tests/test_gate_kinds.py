@@ -59,8 +59,21 @@ def top_k(logits: Tensor, u: Tensor, step: int) -> Tensor:
     scores = logits.abs()
     order = sorted(range(logits.numel()), key=scores.flatten().tolist().__getitem__)
     hard = torch.ones(logits.numel())
-    hard[order[: logits.numel() - round(0.3 * logits.numel())]] = 0
+    hard[order[: logits.numel() - max(1, round(0.3 * logits.numel()))]] = 0
     return straight_through(hard.view(logits.shape), scores)
+
+
+def n_of_m(logits: Tensor, u: Tensor, step: int) -> Tensor:
+    # One of every three along the inputs, element by element.
+    dim = 1 if logits.dim() > 1 and logits.shape[1] > 1 else 0
+    rows = logits.detach().movedim(dim, -1).reshape(-1, logits.shape[dim]).tolist()
+    hard = []
+    for row in rows:
+        for start in range(0, len(row), 3):
+            run = row[start : start + 3]
+            hard += [float(sum(other > score for other in run) < 1) for score in run]
+    shape = logits.movedim(dim, -1).shape
+    return straight_through(torch.tensor(hard).view(shape).movedim(-1, dim), logits)
 
 
 GATES: dict[str, tuple[sl.Gate, Oracle]] = {
@@ -69,6 +82,7 @@ GATES: dict[str, tuple[sl.Gate, Oracle]] = {
     "ContinuousSparsification": (sl.ContinuousSparsification(steps=10), continuous_sparsification),
     "HardConcrete": (sl.HardConcrete(), hard_concrete),
     "Threshold": (sl.Threshold(), threshold),
+    "NOfM": (sl.NOfM(1, 3), n_of_m),
     "TopK": (sl.TopK(0.3), top_k),
 }
 ALL = pytest.mark.parametrize("name", GATES)
@@ -166,8 +180,8 @@ def test_every_gate_trains_resumes_and_is_found_sound(name: str, tmp_path: Path)
     def run(steps: int, folder: Path) -> sl.Run:
         return sl.fit(
             network, lambda step: x, lambda net, batch: net(batch).square().mean(), steps=steps,
-            alpha=0.0 if isinstance(gate, sl.TopK) else 1e-3, penalty="expected", samples=2, gate=gate, lr=0.3,
-            folder=folder, resume=True, progress=False,
+            alpha=0.0 if isinstance(gate, (sl.TopK, sl.NOfM)) else 1e-3, penalty="expected", samples=2, gate=gate,
+            lr=0.3, folder=folder, resume=True, progress=False,
         )  # fmt: skip
 
     whole = run(6, tmp_path / "whole")
@@ -181,7 +195,7 @@ def test_every_gate_trains_resumes_and_is_found_sound(name: str, tmp_path: Path)
     masked.load_state_dict({"logits_tree.weight": whole.logits["weight"]})
     optimizer = torch.optim.Adam(masked.parameters(), lr=1e-2)
     loss = masked(x).square().mean()
-    if not isinstance(gate, sl.TopK):
+    if not isinstance(gate, (sl.TopK, sl.NOfM)):
         loss = loss + masked.penalty(1e-3, "expected")
     diagnosis = sl.diagnose(loss, masked, optimizer)
     assert diagnosis.findings == ()
@@ -362,11 +376,11 @@ def test_a_gate_without_noise_has_one_sample(name: str) -> None:
 
     # The reference path for all: the route of linear layers calls the network once for all samples.
     masked = sl.MaskedNetwork(Counted(6, 5), gate=gate, samples=4, biases=True, keep=0.6)
-    masked(normal(3, 6) if name in ("Threshold", "ContinuousSparsification", "TopK") else normal(8, 6))
+    masked(normal(3, 6) if name in ("Threshold", "ContinuousSparsification", "TopK", "NOfM") else normal(8, 6))
     calls.clear()
     masked(normal(8, 6))
     assert (calls == [8]) == (not gate.noisy)
-    assert gate.noisy == (name not in ("Threshold", "ContinuousSparsification", "TopK"))
+    assert gate.noisy == (name not in ("Threshold", "ContinuousSparsification", "TopK", "NOfM"))
 
 
 def masked_part(masked: sl.MaskedNetwork) -> Callable[[str], sl.Mask]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from sublens.answers import Answer
+from sublens.answers import Answer, Histogram
 from sublens.errors import FileError, MismatchError, NonFiniteError, SettingError, StudyError
 from sublens.inspection import default_folder, inspect, inspecting
 from sublens.inspection import network as network_module
 from sublens.mask import Mask
+from sublens.questions import BINS
 from sublens.storage import load_weights
 from sublens.study import Asked, Study, Task, seed_from
 
@@ -110,6 +111,14 @@ def test_the_run_folder_holds_what_it_should(finished: Path) -> None:
     assert result["overlap"]["masks"] == ["low", "high"]
     assert result["repeats"]["low"]["overlap"]["masks"] == ["low", "low-repeat"]
     assert set(result["confusion"]) == {"network", "both", "low", "high"}
+    assert set(result["verdict"]) == {"specialize", "reuse", "pairs"}
+    assert [pair["tasks"] for pair in result["verdict"]["pairs"]] == [["low", "high"]]
+    counts = Answer.from_json(result["analysis"]["gates"]).figures[0]
+    assert isinstance(counts, Histogram)
+    assert [series.name for series in counts.series] == ["both", "low", "high"]
+    # A mask keeps the gates whose keep probability is above a half.
+    above = [sum(series.values[BINS // 2 :]) for series in counts.series]
+    assert above == pytest.approx([entry["kept"] for entry in result["masks"].values()])
 
 
 def test_the_result_is_that_of_the_files(finished: Path) -> None:

@@ -1,6 +1,7 @@
 """Masks: their algebra against Python's sets, their numbers, putting them on a network, and their files."""
 
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -269,7 +270,8 @@ def test_random_masks_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     kept[:5000] = True
     mask = Mask({"w": kept}, NET)
     whole = Mask.random_like(mask, 1)
-    monkeypatch.setattr("sublens.mask.random_bits._CHUNK", 2**10)
+    # By its path: the package has a function of the same name.
+    monkeypatch.setattr(importlib.import_module("sublens.mask.random_bits"), "_CHUNK", 2**10)
     assert Mask.random_like(mask, 1) == whole and whole.kept_count == 5000
     # the 5000 smallest of as many numbers
     quarters = [int(part.sum()) for part in whole["w"][: 4 * (size // 4)].chunk(4)]

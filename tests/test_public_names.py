@@ -11,11 +11,10 @@ import sublens
 NAMES = {
     "AlphaPath", "BatchError", "Bernoulli", "ContinuousSparsification", "CutGraphError", "Diagnosis", "FileError",
     "Finding", "Gate",
-    "GumbelSigmoid", "HardConcrete", "Mask", "Threshold", "TopK",
+    "GumbelSigmoid", "HardConcrete", "Mask", "NOfM", "Threshold", "TopK",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
-    "StudyError", "SublensError", "Task", "agree", "attribution_mask", "contrast", "diagnose", "fingerprint", "fit",
-    "forget", "inspect",
-    "magnitude_mask", "random_mask", "select",
+    "StudyError", "SublensError", "Switchboard", "Task", "agree", "attribution_mask", "contrast", "diagnose",
+    "fingerprint", "fit", "forget", "inspect", "magnitude_mask", "random_mask", "select",
 }  # fmt: skip
 
 

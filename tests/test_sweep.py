@@ -13,7 +13,7 @@ import torch
 import sublens as sl
 from sublens import cli, studies
 from sublens.report import RunFolder, read, sweep_page, tabulate
-from sublens.report.run_folder import Chance, MaskResult, Overlap, OverlapValues
+from sublens.report.run_folder import Chance, MaskResult, Overlap, OverlapValues, Verdict
 from sublens.sweeping import sweep
 
 STUDY = """
@@ -214,7 +214,9 @@ def run_with(seed, accuracy, iou, **changes):
             name: MaskResult(of, {}, {}, {}, {"t": Chance(0.125, 0.1, 0.2)}, 0.5, {})
             for name, of in (("t", values_of["first"]), ("all", values_of["control"]))
         },
-        overlaps=(Overlap("t", "u", values, {}),), repeats={}, confusion={}, history={}, **changes,
+        overlaps=(Overlap("t", "u", values, {}),), repeats={}, confusion={}, history={}, answers={}, analysis={},
+        sharing={"t and u": accuracy - 1},
+        verdict={"reuse": Verdict("P", "holds" if iou == 0.25 else "fails", "so")}, **changes,
     )  # fmt: skip
 
 
@@ -235,6 +237,11 @@ def test_the_table_by_hand():
     assert one.find(("iou", "t and u", "")).values == (0.25,)
     assert two.find(("iou", "t and u", "")).seen.sd is None
     assert two.find(("iou", "t and u", "")).chance.mean == 0.25
+    assert one.find(("index", "t and u", "")).values == (-0.5, 0.0)
+    assert one.verdicts == {"reuse": {"holds": 1, "fails": 1, "undecided": 0}}
+    # Student's t with one degree of freedom: 12.7062 standard errors (0.25) either way.
+    assert own.seen.interval == pytest.approx((0.75 - 12.7062 * 0.25, 0.75 + 12.7062 * 0.25), abs=1e-4)
+    assert two.find(("kept", "t", "")).seen.interval is None
 
 
 def test_the_page_needs_nothing_else_and_believes_no_name():
@@ -244,13 +251,14 @@ def test_the_page_needs_nothing_else_and_believes_no_name():
         for alpha in (0, 1e-5, 1e-3)
         for mode in (evil, "other")
     )
-    page = sweep_page(evil, rows, [(evil, evil)])
+    page = sweep_page(evil, rows, [(evil, evil)]).html
     assert "<script" not in page
     assert "http://" not in page.replace("http://www.w3.org/", "")
     assert "https://" not in page
     assert page.count("<svg") == 2  # one for each mode
+    assert re.search(r"P_reuse: holds, fails, undecided.*alpha 0.*0, 1, 0", page, re.DOTALL)
     assert "From alpha 0 to 0.001" in page
-    assert "No run has finished" in sweep_page("s", ())
+    assert "No run has finished" in sweep_page("s", ()).html
 
 
 def test_a_finished_run_of_a_sweep_reads_as_any_other(study):
@@ -268,6 +276,7 @@ def test_runs_are_compared_by_what_sets_them_apart(study, capsys):
     assert re.search(r"^width 4 +2$", capsys.readouterr().out, re.MULTILINE)
     table = json.loads(Path("both/comparison.json").read_text())["table"]
     assert [(row["settings"], row["seeds"]) for row in table] == [({"width": 4}, [0, 1]), ({"width": 6}, [1])]
+    assert {path.name for path in Path("both/figures").iterdir()} == {"sweep-1.svg", "sweep-1.pdf"}
     assert "Against width" in Path("both/comparison.html").read_text(encoding="utf-8")
     assert Path("both/comparison.csv").read_text().startswith("width,measure,")
 

@@ -24,7 +24,16 @@ from sublens.errors import (
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
     from sublens.fit import AlphaPath, Run, Settled, fit
-    from sublens.gates import Bernoulli, ContinuousSparsification, Gate, GumbelSigmoid, HardConcrete, Threshold, TopK
+    from sublens.gates import (
+        Bernoulli,
+        ContinuousSparsification,
+        Gate,
+        GumbelSigmoid,
+        HardConcrete,
+        NOfM,
+        Threshold,
+        TopK,
+    )
     from sublens.inspection import inspect
     from sublens.mask import Mask, fingerprint
     from sublens.masked_network import MaskedNetwork
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from sublens.reference_masks import attribution_mask, magnitude_mask, random_mask
     from sublens.selection import select
     from sublens.study import Study, Task
+    from sublens.switchboard import Switchboard
 
 __version__ = "0.1.0"
 
@@ -50,6 +60,7 @@ __all__ = [
     "Mask",
     "MaskedNetwork",
     "MismatchError",
+    "NOfM",
     "NonFiniteError",
     "Run",
     "SelectionError",
@@ -58,6 +69,7 @@ __all__ = [
     "Study",
     "StudyError",
     "SublensError",
+    "Switchboard",
     "Task",
     "Threshold",
     "TopK",
@@ -85,9 +97,11 @@ _ROOM_OF = {
     "HardConcrete": "gates",
     "Mask": "mask",
     "MaskedNetwork": "masked_network",
+    "NOfM": "gates",
     "Run": "fit",
     "Settled": "fit",
     "Study": "study",
+    "Switchboard": "switchboard",
     "Task": "study",
     "Threshold": "gates",
     "TopK": "gates",

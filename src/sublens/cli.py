@@ -64,6 +64,13 @@ def _inspect(
         float | None,
         typer.Option(help="Weight of the penalty, before the division by the batch size.", show_default="the study's"),
     ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            help="What shares a logit: weight, row, column, channel, kernel, head, layer, or blocks such as 16x16.",
+            show_default="the study's",
+        ),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="A study's preset; add-mul has quick and paper.", show_default="the study's")
     ] = None,
@@ -88,7 +95,15 @@ def _inspect(
     folder = default_folder(chosen, seed) if out is None else out
     try:
         inspect(
-            chosen, out=folder, seed=seed, steps=steps, samples=samples, alpha=alpha, resume=resume, network=network
+            chosen,
+            out=folder,
+            seed=seed,
+            steps=steps,
+            samples=samples,
+            alpha=alpha,
+            groups=groups,
+            resume=resume,
+            network=network,
         )
     except KeyboardInterrupt:
         options = {
@@ -97,6 +112,7 @@ def _inspect(
             "--steps": steps,
             "--samples": samples,
             "--alpha": alpha,
+            "--groups": groups,
             "--preset": preset,
             "--widths": widths,
             "--network": network,
@@ -337,6 +353,10 @@ def _show(folder: Path) -> None:
     console.print(table)
     for pair in run.overlaps:
         console.print(f"\n{sentences.overlap(pair, {})}")
+    for answer in run.answers.values():
+        console.print(f"\n{answer.title}\n{answer.sentence}")
+    for verdict in run.verdict.values():
+        console.print(f"\n{verdict.name}: {verdict.outcome}. {sentences.capitalised(verdict.because)}")
     if (folder / "report.html").is_file():
         console.print(f"\nReport: {folder / 'report.html'}", soft_wrap=True)
 

@@ -31,7 +31,7 @@ from sublens.inspection.inspecting import config_of, network_of
 from sublens.mask import Mask
 from sublens.ranking import check_kept
 from sublens.reference_masks import attribution_mask, magnitude_mask, random_mask
-from sublens.report import Between, DuelRow, DuelTable, duel_csv, duel_figure, duel_json, duel_page
+from sublens.report import Between, DuelRow, DuelTable, duel_csv, duel_figure, duel_json, duel_page, write_figures
 from sublens.storage import atomic_write_text
 from sublens.study import Study, Task, seed_from
 
@@ -105,6 +105,11 @@ def duel(
     """
     changes: dict[str, Any] = {"mask_steps": steps, "samples": samples}
     study = replace(study, **{name: value for name, value in changes.items() if value is not None})
+    if study.groups != "weight":
+        raise SettingError(
+            f"The study {study.name} masks groups ({study.groups!r}); a duel counts weights, and takes studies that "
+            "mask single weights."
+        )
     entered = _entered(contestants)
     chosen = _tasks(study, tasks)
     _check(kept, seeds)
@@ -320,9 +325,7 @@ def _write(folder: Path, table: DuelTable) -> None:
     atomic_write_text(folder / "duel.csv", duel_csv(table))
     atomic_write_text(folder / "duel.html", duel_page(table, drawing))
     try:
-        (folder / "figures").mkdir(exist_ok=True)
-        (folder / "figures" / "duel.svg").write_text(drawing.svg, encoding="utf-8")
-        (folder / "figures" / "duel.pdf").write_bytes(drawing.pdf)
+        write_figures({"duel": drawing}, folder)
     except OSError as error:
         raise FileError(f"The figure cannot be written to {folder}: {error.strerror}.") from error
 

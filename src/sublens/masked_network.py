@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, get_args
@@ -15,15 +15,16 @@ from torch.func import functional_call
 from sublens import linear_route, recomputation
 from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid, Penalty
+from sublens.groups import GroupedGate, Grouping, Groups, group
 from sublens.kernels import LOGIT_BOUND
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
-from sublens.selection import Where, select, tied_names
+from sublens.selection import Where, tied_names
 from sublens.splitting import Axes, Batch, flatten, join, output_axes
 
 
 class MaskedNetwork(nn.Module):
-    """A frozen network seen through gates: one logit for each selected weight.
+    """A frozen network seen through gates: one logit for each selected weight, or for each group of them.
 
     In training mode (``train()``, the state it begins in) every call draws K samples: the batch is split in K chunks of
     equal size (of sizes that differ by one, if K does not divide it), each goes through its own draw of all gates, and
@@ -47,8 +48,14 @@ class MaskedNetwork(nn.Module):
         samples: number K of samples per step, 1 or more (the paper: 4, or 8). A gate without noise has one.
         seed: names the noise; any integer.
         where: which parameters are masked, see :func:`sublens.select`.
-        biases: also mask the biases of the modules whose weights are masked.
+        biases: also mask the biases of the modules whose weights are masked. A bias shares the logit of the group in
+            which all weights of its output are; where they are in several groups, it is not masked.
         gate: the estimator; :class:`sublens.GumbelSigmoid` if not given.
+        groups: what shares one logit (see ``docs/groups.md``): ``"weight"`` (nothing), ``"row"`` or ``"channel"`` (all
+            weights of an output), ``"column"`` (all of an input), ``"kernel"`` (of a pair of channels), ``"head"`` (of
+            an attention head), ``"layer"`` (a whole parameter), ``"16x16"`` (blocks of outputs and inputs); a tuple
+            with a block length for each dimension, ``None`` for a whole one; or a function ``groups(name, parameter,
+            module)`` that returns one of these, or an integer tensor of the parameter's shape that numbers the groups.
         batch_dim: dimension of the batch in the first tensor that the network is called with (1 for sequence-first
             networks).
 
@@ -57,8 +64,8 @@ class MaskedNetwork(nn.Module):
         step: number of training calls so far; names the noise of the next one. Not in ``state_dict()``.
 
     Raises:
-        SettingError: ``keep`` or ``samples`` is impossible.
-        SelectionError: ``where`` matches nothing.
+        SettingError: ``keep``, ``samples`` or ``groups`` is impossible.
+        SelectionError: ``where`` matches nothing, or a selected parameter has no such groups.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class MaskedNetwork(nn.Module):
         where: Where = None,
         biases: bool = False,
         gate: Gate | None = None,
+        groups: Groups = "weight",
         batch_dim: int = 0,
     ) -> None:
         super().__init__()
@@ -79,22 +87,25 @@ class MaskedNetwork(nn.Module):
         start = initial_logit(keep)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise SettingError(f"samples is {samples!r}; it must be a whole number of 1 or more (the paper uses 4).")
-        selected = select(network, where, biases=biases)
+        self._groupings = group(network, where, biases, groups)
         self._network = (network,)  # in a tuple, so that its parameters are not ours
         self.samples = samples
         self.seed = seed
         self.gate = gate if gate is not None else GumbelSigmoid()
         self.batch_dim = batch_dim
         self.step = 0
-        self._ids = {name: parameter_id(name) for name in selected}
+        self._ids = {name: parameter_id(grouping.owner) for name, grouping in self._groupings.items()}
         self._aliases = tied_names(network)
         self._fingerprint = fingerprint(network)
         self._axes: dict[Hashable, Axes] = {}
         self._seen_a_gradient = False
         self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
         self.logits_tree = nn.Module()
-        for name, parameter in selected.items():
-            logits = torch.full(parameter.shape, start, dtype=torch.float32, device=parameter.device)
+        parameters = dict(network.named_parameters())
+        for name, grouping in self._groupings.items():
+            if grouping.owner != name:
+                continue
+            logits = torch.full(grouping.grid, start, dtype=torch.float32, device=parameters[name].device)
             logits = self.gate.start(logits, Draw(seed, 0, 0, self._ids[name]))
             _plant(self.logits_tree, name, nn.Parameter(logits))
 
@@ -105,8 +116,16 @@ class MaskedNetwork(nn.Module):
 
     @property
     def logits(self) -> dict[str, nn.Parameter]:
-        """Name of each masked parameter -> its logits: float32, of the parameter's shape."""
+        """Name of each masked parameter -> its logits: float32, of the parameter's shape, or one for each group.
+
+        Parameters that share logits have one entry, under the first one's name.
+        """
         return dict(self.logits_tree.named_parameters())
+
+    @property
+    def groupings(self) -> dict[str, Grouping]:
+        """Name of each masked parameter -> which of its elements share a logit."""
+        return dict(self._groupings)
 
     @property
     def fingerprint(self) -> str:
@@ -129,15 +148,23 @@ class MaskedNetwork(nn.Module):
         Raises:
             MismatchError: the network has changed since.
         """
-        return Mask.from_logits(self.decisions(), self.fingerprint)
+        return Mask.from_logits(self.decisions(), self.fingerprint, self._groupings)
+
+    @property
+    def kept(self) -> float:
+        """The share of the masked elements that :meth:`mask` keeps as it stands, 0 to 1."""
+        decisions = {name: binarise(decision) for name, decision in self.decisions().items()}
+        parts = [(each.count(decisions[each.owner]), each.size) for each in self._groupings.values()]
+        return sum(kept for kept, _ in parts) / sum(size for _, size in parts)
 
     def penalty(self, alpha: float | Mapping[str, float], kind: Penalty = "logits") -> Tensor:
         """What pushes gates shut, times ``alpha`` (of each masked parameter, if they are given); add it to the loss.
 
         ``"logits"`` is the paper's sum of all logits (section 2; its alpha is divided by the batch size there, not
-        here). It cannot run away, since every training call puts the logits back within their bound of -10 to 10.
-        ``"expected"`` is the expected number of open elements, the sum of the gate's keep probabilities in the last
-        training call.
+        here), in which a group counts once, whatever its size. It cannot run away, since every training call puts the
+        logits back within their bound of -10 to 10.
+        ``"expected"`` is the expected number of open elements, or groups: the sum of the gate's keep probabilities in
+        the last training call.
 
         Returns:
             float32 scalar tensor.
@@ -172,7 +199,7 @@ class MaskedNetwork(nn.Module):
         """
         if not self.training:
             kept = {name: binarise(decision) for name, decision in self.decisions().items()}
-            return self._call(lambda name, w: torch.where(kept[name], w, w.new_zeros(())), args, kwargs)
+            return self._call(lambda name, w: self._masked_by(kept, name, w), args, kwargs)
         with torch.no_grad():
             for logits in self.logits.values():
                 # Through .data: values within the bound do not change, so graphs of earlier calls stay valid.
@@ -184,6 +211,10 @@ class MaskedNetwork(nn.Module):
             output = self._sampled(step, args, kwargs)
         self._check_first_call(output)
         return output
+
+    def _masked_by(self, kept: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
+        grouping = self._groupings[name]
+        return grouping.masked(weight, kept[grouping.owner])
 
     def keep_probabilities(self) -> dict[str, Tensor]:
         """How likely each element was to be open in the last training call: name -> float32 of the logits' shape."""
@@ -218,13 +249,14 @@ class MaskedNetwork(nn.Module):
         """
         other = size - 1 if size > 1 else 2
         with torch.no_grad():
-            first, second = (self._call(_plain, *batch.part(0, count, copy=True)) for count in (size, other))
+            first, second = (self._call(plain, *batch.part(0, count, copy=True)) for count in (size, other))
         return output_axes(first, size, second, other, batch_leads=self.batch_dim == 0)
 
     def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
         """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
         logits = self.logits
-        if kind not in self._general and not linear_route.applies(self.network, logits, self.gate):
+        fine = all(grouping.fine for grouping in self._groupings.values())
+        if kind not in self._general and not (fine and linear_route.applies(self.network, logits, self.gate)):
             self._general[kind] = True
         # Under autocast the general route: the blocked product has one precision.
         if self._general.get(kind) or batch.size % self.samples or torch.is_autocast_enabled("cpu"):
@@ -252,24 +284,17 @@ class MaskedNetwork(nn.Module):
 
         def put(name: str, weight: Tensor) -> Tensor:
             draw = Draw(self.seed, step, sample, self._ids[name])
-            gated: Tensor = _Gated.apply(logits[name], weight, gates[name], draw)
+            grouping = self._groupings[name]
+            gate = gates[grouping.owner] if grouping.fine else GroupedGate(gates[grouping.owner], grouping)
+            gated: Tensor = _Gated.apply(logits[grouping.owner], weight, gate, draw)
             return gated
 
         return put
 
     def _call(self, put: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the network with ``put(name, weight)`` in place of each masked weight."""
-        tensors: dict[str, Tensor] = {}
-        parameters = dict(self.network.named_parameters(remove_duplicate=False))
-        for name, aliases in self._aliases.items():
-            weight = parameters[name].detach()
-            # All names of a tied tensor get the same object, so that it is sampled once.
-            tensors |= dict.fromkeys(aliases, put(name, weight) if name in self._ids else weight)
-        copies: dict[int, Tensor] = {}
-        for name, buffer in self.network.named_buffers(remove_duplicate=False):
-            tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-        with at_rest(self.network):
-            return functional_call(self.network, tensors, args, kwargs, strict=True)
+        ids = self._ids
+        return call_with(self.network, self._aliases, lambda n, w: put(n, w) if n in ids else w, args, kwargs)
 
     def _check_first_call(self, output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -329,7 +354,36 @@ def initial_logit(keep: float) -> float:
     return logit
 
 
-def _plain(name: str, weight: Tensor) -> Tensor:
+def call_with(
+    network: nn.Module,
+    aliases: Mapping[str, tuple[str, ...]],
+    put: Callable[[str, Tensor], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a network with other weights, and leave it as it was.
+
+    Args:
+        network: any module.
+        aliases: its :func:`sublens.selection.tied_names`.
+        put: ``put(name, weight)`` gives what stands in a weight's place; :func:`plain` gives the weight itself.
+        args: the network's arguments.
+        kwargs: likewise.
+    """
+    tensors: dict[str, Tensor] = {}
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    for name, names in aliases.items():
+        # All names of a tied tensor get the same object, so that it is sampled once.
+        tensors |= dict.fromkeys(names, put(name, parameters[name].detach()))
+    copies: dict[int, Tensor] = {}
+    for name, buffer in network.named_buffers(remove_duplicate=False):
+        tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+    with at_rest(network):
+        return functional_call(network, tensors, args, kwargs, strict=True)
+
+
+def plain(name: str, weight: Tensor) -> Tensor:
+    """The weight itself, in its own place."""
     return weight
 
 
@@ -350,7 +404,7 @@ class _Gated(torch.autograd.Function):
     """A masked weight for one draw. Keeps the logits and the weight for the backward pass, no sample and no noise."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, weight: Tensor, gate: Gate, draw: Draw) -> Tensor:
+    def forward(ctx: FunctionCtx, logits: Tensor, weight: Tensor, gate: Gate | GroupedGate, draw: Draw) -> Tensor:
         ctx.save_for_backward(logits, weight)
         ctx.gate, ctx.draw = gate, draw  # type: ignore[attr-defined]
         return gate.masked(weight, logits.detach(), draw)

@@ -112,7 +112,7 @@ class _Selector:
         self.default = {
             name
             for name in self.maskable
-            if self.parameters[name].dim() >= 2 and not _is_bias(name) and self.first[name] not in unmasked
+            if self.parameters[name].dim() >= 2 and not is_bias(name) and self.first[name] not in unmasked
         }
 
     def select(self, where: Where, biases: bool) -> dict[str, nn.Parameter]:
@@ -125,9 +125,9 @@ class _Selector:
             excluded |= self._named(pattern, self._below)
         if biases:
             # Each module that holds the tensor, under whichever name, has a bias of its own.
-            tensors = {self.first[name] for name in chosen if not _is_bias(name)}
+            tensors = {self.first[name] for name in chosen if not is_bias(name)}
             modules = {_parent(name) for name in self.parameters if self.first[name] in tensors}
-            chosen |= {name for name in self.maskable if _is_bias(name) and _parent(name) in modules}
+            chosen |= {name for name in self.maskable if is_bias(name) and _parent(name) in modules}
         barred = {self.first[name] for name in excluded}
         result = {self.first[name] for name in chosen} - barred
         if not result:
@@ -210,7 +210,7 @@ class _Selector:
 
     def _weights_below(self, module: str) -> set[str]:
         if isinstance(self.modules[module], _UNMASKED_KINDS):
-            return {name for name in self.maskable if _parent(name) == module and not _is_bias(name)}
+            return {name for name in self.maskable if _parent(name) == module and not is_bias(name)}
         return self._below(module) & self.default
 
     def _below(self, module: str) -> set[str]:
@@ -247,7 +247,8 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _is_bias(name: str) -> bool:
+def is_bias(name: str) -> bool:
+    """Whether a parameter's dotted name is that of a bias: ``bias`` is a part of its last word."""
     return "bias" in name.rpartition(".")[2].split("_")
 
 

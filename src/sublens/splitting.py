@@ -135,6 +135,17 @@ class Batch:
         args, kwargs = self._rebuild(leaves)
         return args, kwargs
 
+    def taken(self, examples: Sequence[int]) -> "Batch":
+        """The same inputs for some of the examples, by their numbers, in that order."""
+        index = torch.tensor(examples)
+        leaves = [
+            leaf if axis is None else leaf.index_select(axis, index.to(leaf.device))
+            for leaf, axis in zip(self.leaves, self.axes, strict=True)
+        ]
+        made = copy.copy(self)
+        made.leaves, made.size = leaves, len(examples)
+        return made
+
     def stacked(self, chunks: int) -> tuple[list[Tensor], Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]]:
         """For a batch that ``chunks`` divides: the split tensors with the chunks stacked in front, and a function from
         one chunk's slices of them to the arguments."""

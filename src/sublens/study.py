@@ -4,7 +4,6 @@ A built-in study and a user's own are the same thing: a function ``study()`` tha
 imports no torch, so that a list of studies costs nothing.
 """
 
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sublens.answers import NAME, Answer
 from sublens.errors import StudyError
+from sublens.seeds import seed_from as seed_from  # studies take it from here
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,16 +29,6 @@ _TAKEN = {"network", "analysis", "total", "part", "step", "loss", "penalty", "ke
 def repeat_of(name: str) -> str:
     """Return the name of the second mask of task ``name``, trained with another seed."""
     return f"{name}-repeat"
-
-
-def seed_from(*parts: object) -> int:
-    """Return a seed in 0..2**63-1 that is a pure function of ``parts``, the same in every process and on every machine.
-
-    ``torch.Generator().manual_seed(seed_from(seed, step))`` gives each step of each run random numbers of its own,
-    unlike ``seed + step``, where neighbouring seeds share almost all of their steps.
-    """
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +116,7 @@ class Study:
         samples: draws per step.
         where: what is masked (see ``sublens.select``); ``None`` is every weight outside embeddings and normalisation.
         biases: mask the selected layers' biases too.
+        groups: what shares a logit (see ``docs/groups.md``); by default each weight has its own.
         batch_dim: dimension of the network's inputs and outputs that counts the examples.
         evaluate_every: steps between two measurements of all tasks during training.
         first_half: names of the masked parameters that make up the first half of the layers; ``None`` takes the first
@@ -137,6 +128,8 @@ class Study:
         functions: task name -> name of the function it asks of the network. Tasks with one name ask the same function,
             tasks with different names different functions; one that is left out is neither. ``None``: every task asks
             a function of its own.
+        compared: names of the masked parameters (or globs, or enclosing modules) in which the verdict compares masks;
+            ``None``: all. Tasks that read different inputs cannot share the weights of the first layer.
         questions: name -> ``question(asked) -> Answer``: what the study asks of its masks besides what every run asks.
             They are asked in turn when all masks are trained, with torch's random numbers seeded, and their answers
             become sections of the report.
@@ -169,6 +162,7 @@ class Study:
     samples: int = 4
     where: Any = None
     biases: bool = False
+    groups: Any = "weight"
     batch_dim: int = 0
     evaluate_every: int = 1000
     first_half: Sequence[str] | None = None
@@ -176,6 +170,7 @@ class Study:
     random_masks: int = 10
     confusion: "Callable[[nn.Module], Mapping[str, Mapping[str, float]]] | None" = None
     functions: Mapping[str, str] | None = None
+    compared: Sequence[str] | None = None
     questions: Mapping[str, Callable[[Asked], Answer]] = field(default_factory=dict)
     from_control: Sequence[str] = ()
     prepare: "Callable[[nn.Module], nn.Module] | None" = None
@@ -190,6 +185,8 @@ class Study:
         object.__setattr__(self, "settings", dict(self.settings))
         object.__setattr__(self, "repeated", tuple(self.repeated))
         object.__setattr__(self, "from_control", tuple(self.from_control))
+        if self.compared is not None:
+            object.__setattr__(self, "compared", tuple(self.compared))
         if self.first_half is not None:
             object.__setattr__(self, "first_half", tuple(self.first_half))
         names = [task.name for task in (self.control, *self.tasks)]

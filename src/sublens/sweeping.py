@@ -23,7 +23,7 @@ import torch
 from sublens import studies
 from sublens.errors import FileError, SettingError, SublensError
 from sublens.inspection import inspect, progress_of
-from sublens.report import Row, as_csv, as_json, as_text, described, read, sweep_page, tabulate
+from sublens.report import Row, as_csv, as_json, as_text, described, read, sweep_page, tabulate, write_figures
 from sublens.storage import atomic_write_text
 from sublens.study import Study
 
@@ -31,7 +31,7 @@ from sublens.study import Study
 # the study's own function. batch_size is not among the fields: the tasks' batches would not follow it.
 _INSPECT = ("seed", "steps", "samples", "alpha")
 _FIELDS = (
-    "network_steps", "network_lr", "network_clip", "mask_lr", "mask_clip", "penalty", "keep", "biases",
+    "network_steps", "network_lr", "network_clip", "mask_lr", "mask_clip", "penalty", "keep", "biases", "groups",
     "evaluate_every", "random_masks",
 )  # fmt: skip
 _LONGEST = 150  # characters of a folder's name; file systems allow 255 bytes
@@ -320,4 +320,6 @@ def _write(found: Sweep, study: str) -> None:
     atomic_write_text(found.folder / "sweep.json", json.dumps(table, indent=1, allow_nan=False) + "\n")
     atomic_write_text(found.folder / "sweep.csv", as_csv(found.rows))
     failed = [(each.name, each.reason) for each in found.failed]
-    atomic_write_text(found.folder / "sweep.html", sweep_page(study, found.rows, failed))
+    page = sweep_page(study, found.rows, failed)
+    write_figures(page.figures, found.folder)
+    atomic_write_text(found.folder / "sweep.html", page.html)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sublens.errors import SettingError
+from sublens.groups import Grouping
 from sublens.mask import Mask
 
 Metrics = Mapping[str, Callable[[nn.Module], float]]
@@ -49,6 +50,7 @@ def interrogate(
     half: Sequence[str] | None = None,
     draws: int = 10,
     seed: int = 0,
+    groupings: Mapping[str, Grouping] | None = None,
 ) -> dict[str, Any]:
     """Ask a mask the paper's questions.
 
@@ -59,6 +61,7 @@ def interrogate(
         half: names of the layers that count as the first half; ``None``: see :func:`first_half`.
         draws: random masks to measure.
         seed: seed of the random masks.
+        groupings: those of the mask's logits; random masks then keep as many whole groups.
 
     Returns:
         ``accuracy``; ``inverse_accuracy`` (the weights that the mask removes, alone); ``half_accuracy`` (the mask in
@@ -84,7 +87,8 @@ def interrogate(
         "kept_per_layer": mask.kept_per_layer(),
     }
     if draws:
-        drawn = [accuracies(network, metrics, Mask.random_like(mask, seed + draw)) for draw in range(draws)]
+        random = (Mask.random_like(mask, seed + draw, groupings) for draw in range(draws))
+        drawn = [accuracies(network, metrics, one) for one in random]
         answers["random_accuracy"] = {
             name: {
                 "mean": sum(one[name] for one in drawn) / draws,

@@ -21,6 +21,7 @@ from sublens.fit.settings import DEFAULT_ALPHA, DEFAULT_LR, Record, Settings, Se
 from sublens.fit.strength import AlphaPath, Controller
 from sublens.fit.training import Training
 from sublens.gates import Gate, Penalty
+from sublens.groups import Groups
 from sublens.mask import Mask
 from sublens.masked_network import MaskedNetwork
 from sublens.ranking import Kept
@@ -33,7 +34,7 @@ class Run:
 
     Attributes:
         mask: the mask, kept iff logit > 0.
-        logits: name -> float32 logits, of the masked parameter's shape.
+        logits: name -> float32 logits, of the masked parameter's shape, or one for each group.
         history: the records, oldest first; see ``docs/training.md`` for their fields.
         stopped: ``"steps"`` when all steps were done, ``"settled"`` when the mask had settled before.
         steps: number of steps done.
@@ -64,6 +65,7 @@ def fit(
     where: Where = None,
     biases: bool = False,
     gate: Gate | None = None,
+    groups: Groups = "weight",
     batch_dim: int = 0,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
     lr: float = DEFAULT_LR,
@@ -95,12 +97,13 @@ def fit(
             fraction above 0 and at most 1, an int a number of elements (of groups, where these are masked).
         per_layer: whether ``kept`` is that of each masked parameter, or of all together.
         penalty: ``"logits"``, the paper's sum of all logits, or ``"expected"``, the expected number of kept elements.
-        keep: keep probability at the start, see :class:`sublens.MaskedNetwork`, as for the next six arguments.
+        keep: keep probability at the start, see :class:`sublens.MaskedNetwork`, as for the next seven arguments.
         samples: number of draws of all gates per step.
         seed: seed of the gates' noise, and of all that draws from torch's random numbers during the run.
         where: which parameters are masked.
         biases: whether the biases of the selected weights are masked too.
         gate: the estimator; :class:`sublens.GumbelSigmoid` by default.
+        groups: which elements share one logit; by default each has its own.
         batch_dim: the dimension of inputs and outputs that counts the batch.
         optimizer: a function that makes a torch optimizer for the list of logits; by default Adam with ``lr``.
         lr: learning rate of the default optimizer.
@@ -153,7 +156,15 @@ def fit(
     source = BatchSource(batches, seed)
     with random_state_kept(), source.generators_kept():
         masked = MaskedNetwork(
-            network, keep=keep, samples=samples, seed=seed, where=where, biases=biases, gate=gate, batch_dim=batch_dim
+            network,
+            keep=keep,
+            samples=samples,
+            seed=seed,
+            where=where,
+            biases=biases,
+            gate=gate,
+            groups=groups,
+            batch_dim=batch_dim,
         )
         with torch.no_grad():
             # Refused here, before anything is written, where a gate takes no penalty.
@@ -186,7 +197,7 @@ def fit(
 def _describe(settings: Settings, masked: MaskedNetwork, optimizer: Optimizer, **others: Any) -> dict[str, Any]:
     """All that a run's result depends on and that can be compared, as JSON. Functions cannot be."""
     same = ("penalty", "seed", "clip", "evaluate_every", "record_every")
-    described = {
+    described: dict[str, Any] = {
         **others,
         **{name: getattr(settings, name) for name in same},
         "alpha": repr(settings.alpha) if isinstance(settings.alpha, AlphaPath) else settings.alpha,
@@ -196,6 +207,8 @@ def _describe(settings: Settings, masked: MaskedNetwork, optimizer: Optimizer, *
         "network": masked.fingerprint,
         "selection": {name: list(logit.shape) for name, logit in masked.logits.items()},
     }
+    if coarse := {name: each.describe() for name, each in masked.groupings.items() if not each.fine}:
+        described["groups"] = coarse
     if settings.kept is not None:
         described |= {"kept": settings.kept, "per_layer": settings.per_layer}
     if settings.scheduled:

@@ -21,7 +21,6 @@ from sublens.fit.checkpoint import RunFolder, State
 from sublens.fit.progress import Display
 from sublens.fit.settings import OWN_FIELDS, Record, Settings
 from sublens.fit.strength import AlphaPath, Controller
-from sublens.mask import binarise
 from sublens.masked_network import MaskedNetwork
 
 
@@ -48,7 +47,6 @@ class Training:
         self._batches = batches
         self._folder = folder
         self._logits = masked.logits
-        self._size = sum(logit.numel() for logit in self._logits.values())
         self._controller: Controller | None = None
         if settings.kept is not None:
             self._controller = Controller(masked, settings.steps, settings.kept, settings.per_layer, state.steered)
@@ -136,7 +134,7 @@ class Training:
 
     def _record(self, display: Display, evaluates: bool) -> None:
         state, settings = self.state, self._settings
-        kept = sum(int(binarise(decision).sum()) for decision in self._masked.decisions().values()) / self._size
+        kept = self._masked.kept
         record: Record = {
             "step": state.step,
             "loss": state.loss / max(state.count, 1),

@@ -118,7 +118,17 @@ class Folder:
         lines = [json.dumps({"part": part, **record}, allow_nan=False) for record in history]
         earlier = [line for line in self._history() if json.loads(line)["part"] != part]
         atomic_write_text(self.path / "history.jsonl", "".join(f"{line}\n" for line in (*earlier, *lines)))
-        atomic_write_text(self._seconds_file, json.dumps({**self.seconds(), part: seconds}))
+        atomic_write_text(self._unfinished / "seconds.json", json.dumps({**self.seconds(), part: seconds}))
+
+    def keep_probabilities(self) -> dict[str, list[int]]:
+        """Return of every finished mask the histogram of its gates' keep probabilities."""
+        found = self.read_json("unfinished/keep_probabilities.json")
+        return found if isinstance(found, dict) else {}
+
+    def note_keep_probabilities(self, part: str, counts: list[int]) -> None:
+        """Write down a mask's histogram, before the mask itself, since its logits are not kept."""
+        noted = {**self.keep_probabilities(), part: counts}
+        atomic_write_text(self._unfinished / "keep_probabilities.json", json.dumps(noted))
 
     def seconds(self) -> dict[str, float]:
         """Return the wall time of every part finished so far."""
@@ -126,10 +136,10 @@ class Folder:
         return found if isinstance(found, dict) else {}
 
     @property
-    def _seconds_file(self) -> Path:
+    def _unfinished(self) -> Path:
         folder = self.path / "unfinished"
         folder.mkdir(exist_ok=True)
-        return folder / "seconds.json"
+        return folder
 
     def _history(self) -> list[str]:
         path = self.path / "history.jsonl"

@@ -14,15 +14,18 @@ import torch
 from torch import nn
 
 import sublens
-from sublens.analysis import accuracies, interrogate, measuring, overlap
+from sublens.analysis import accuracies, gather, interrogate, judge, measuring, overlap
 from sublens.answers import Answer
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
 from sublens.fit.batches import random_state_kept, seed_torch
 from sublens.fit.settings import Record
+from sublens.groups import check_groups, group
 from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
 from sublens.inspection.network import load_network, prepared, save_network, train_network
 from sublens.mask import Mask
+from sublens.questions import Found, ask, keep_histogram
+from sublens.selection import match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
 
 CHECKPOINT_EVERY = 1000
@@ -37,6 +40,7 @@ def inspect(
     steps: int | None = None,
     samples: int | None = None,
     alpha: float | None = None,
+    groups: Any = None,
     resume: bool = False,
     network: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -54,6 +58,7 @@ def inspect(
         steps: training steps of each mask, instead of the study's.
         samples: draws per step, instead of the study's.
         alpha: weight of the penalty before the division by the batch size, instead of the study's.
+        groups: what shares a logit, instead of the study's.
         resume: go on with the run in ``out``, if there is one. Finished parts are not done again.
         network: file of weights (``.safetensors``, ``.pt``, ``.pth``); the network is then not trained.
         progress: whether to show how far the training is.
@@ -68,7 +73,7 @@ def inspect(
         FileError: a file cannot be read or written.
     """
     weights = None if network is None else Path(network)
-    study, config = _asked(study, seed, steps, samples, alpha, weights)
+    study, config = _asked(study, seed, steps, samples, alpha, groups, weights)
     folder = Folder(default_folder(study, seed) if out is None else Path(out), config, resume=resume)
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
     if result is None:
@@ -77,7 +82,7 @@ def inspect(
         for name, task in _parts(study).items():
             masks[name] = _mask(study, task, name, net, masks.get(study.control.name), seed, folder, progress)
         clock = time.perf_counter()
-        answers = _answers(study, net, masks, seed)
+        answers = _answers(study, net, masks, seed, folder.keep_probabilities())
         seconds = {**folder.seconds(), "analysis": time.perf_counter() - clock}
         seconds["total"] = sum(seconds.values())
         rounded = {name: round(value, 2) for name, value in seconds.items()}
@@ -99,6 +104,7 @@ def progress_of(
     steps: int | None = None,
     samples: int | None = None,
     alpha: float | None = None,
+    groups: Any = None,
     network: str | os.PathLike[str] | None = None,
 ) -> Literal["new", "begun", "finished"]:
     """Return how far the run that :func:`inspect` would make of these arguments has come in ``out``.
@@ -109,7 +115,7 @@ def progress_of(
         FileError: a file cannot be read.
     """
     weights = None if network is None else Path(network)
-    _, config = _asked(study, seed, steps, samples, alpha, weights)
+    _, config = _asked(study, seed, steps, samples, alpha, groups, weights)
     path = Path(out)
     if not is_used(path):
         return "new"
@@ -117,15 +123,22 @@ def progress_of(
 
 
 def _asked(
-    study: Study, seed: int, steps: int | None, samples: int | None, alpha: float | None, weights: Path | None
+    study: Study,
+    seed: int,
+    steps: int | None,
+    samples: int | None,
+    alpha: float | None,
+    groups: Any,
+    weights: Path | None,
 ) -> tuple[Study, dict[str, Any]]:
     """Return the study with what was asked put in, and everything that the run depends on."""
     if not isinstance(study, Study):
         raise StudyError(f"inspect takes a sublens.Study, such as study() returns, not a {type(study).__name__}.")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise SettingError(f"seed={seed!r} must be a whole number from 0 to 2**63-1.")
-    changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha}
+    changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha, "groups": groups}
     study = dataclasses.replace(study, **{name: value for name, value in changes.items() if value is not None})
+    check_groups(study.groups)
     return study, config_of(study, seed, None if weights is None else hash_of(weights))
 
 
@@ -140,10 +153,11 @@ def config_of(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     plain = (
         "network_steps", "network_lr", "network_clip", "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
         "penalty", "keep", "samples", "biases", "batch_dim", "evaluate_every", "first_half", "repeated", "random_masks",
-        "functions", "from_control",
+        "functions", "compared", "from_control",
     )  # fmt: skip
     settings = {name: getattr(study, name) for name in plain}
     settings["where"] = study.where if study.where is None or isinstance(study.where, str) else _described(study.where)
+    settings["groups"] = _described(study.groups)
     settings["tasks"] = [task.name for task in study.tasks]
     settings["control"] = study.control.name
     settings["questions"] = list(study.questions)
@@ -156,7 +170,9 @@ def config_of(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
 def _described(where: Any) -> Any:
     if isinstance(where, (list, tuple)):
         return [_described(item) for item in where]
-    return where if isinstance(where, str) else getattr(where, "__qualname__", type(where).__qualname__)
+    return (
+        where if isinstance(where, (str, int, type(None))) else getattr(where, "__qualname__", type(where).__qualname__)
+    )
 
 
 def network_of(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
@@ -202,6 +218,7 @@ def _mask(
         seed=part_seed,
         where=study.where,
         biases=study.biases,
+        groups=study.groups,
         batch_dim=study.batch_dim,
         lr=study.mask_lr,
         clip=study.mask_clip,
@@ -213,6 +230,7 @@ def _mask(
         progress=f"mask {name}" if progress else False,
     )
     folder.finish(name, run.history, run.seconds)
+    folder.note_keep_probabilities(name, keep_histogram(run.logits))
     mask = run.mask
     if study.from_control and control is not None and task is not study.control:
         mask = mask.replace(control, study.from_control)
@@ -225,13 +243,18 @@ def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:
     return {task.name: task.metric for task in study.tasks}
 
 
-def _answers(study: Study, net: nn.Module, masks: dict[str, Mask], seed: int) -> dict[str, Any]:
+def _answers(
+    study: Study, net: nn.Module, masks: dict[str, Mask], seed: int, keep_probabilities: dict[str, list[int]]
+) -> dict[str, Any]:
     """Ask every question; see ``docs/studies.md`` for what each answer means."""
     metrics = _metrics(study)
     repeats = {name: masks[repeat_of(name)] for name in study.repeated}
     asked = {name: masks[name] for name in (study.control.name, *metrics)}
+    groupings = group(net, study.where, study.biases, study.groups)
+    # What is chosen together counts once, or chance would be taken for much narrower than it is.
+    units = {name: mask.by_group(groupings) for name, mask in masks.items()}
     overlaps = [
-        {"masks": [first, second], **overlap(masks[first], masks[second])} for first, second in combinations(metrics, 2)
+        {"masks": [first, second], **overlap(units[first], units[second])} for first, second in combinations(metrics, 2)
     ]
     answers: dict[str, Any] = {
         "network": {"accuracy": accuracies(net, metrics)},
@@ -243,6 +266,7 @@ def _answers(study: Study, net: nn.Module, masks: dict[str, Mask], seed: int) ->
                 half=study.first_half,
                 draws=study.random_masks,
                 seed=seed_from(seed, name, "random"),
+                groupings=groupings,
             )
             for name, mask in asked.items()
         },
@@ -251,7 +275,7 @@ def _answers(study: Study, net: nn.Module, masks: dict[str, Mask], seed: int) ->
             name: {
                 "accuracy": accuracies(net, metrics, mask),
                 "kept": mask.kept,
-                "overlap": {"masks": [name, repeat_of(name)], **overlap(masks[name], mask)},
+                "overlap": {"masks": [name, repeat_of(name)], **overlap(units[name], units[repeat_of(name)])},
             }
             for name, mask in repeats.items()
         },
@@ -261,9 +285,39 @@ def _answers(study: Study, net: nn.Module, masks: dict[str, Mask], seed: int) ->
     if study.confusion is not None:
         answers["confusion"] = {"network": _confusion(study, net, None)}
         answers["confusion"] |= {name: _confusion(study, net, mask) for name, mask in asked.items()}
+    answers["verdict"] = _verdict(study, masks, answers, seed)
+    found = Found(
+        network=answers["network"]["accuracy"],
+        masks=answers["masks"],
+        repeats={name: answers["repeats"][name]["accuracy"] for name in repeats},
+        confusion=answers.get("confusion", {}),
+        keep_probabilities={name: counts for name, counts in keep_probabilities.items() if name in asked},
+    )
+    everything = Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed)
+    answers["analysis"] = {name: answer.as_json() for name, answer in ask(everything, found).items()}
     if study.questions:
-        answers["answers"] = _asked_questions(Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed))
+        answers["answers"] = _asked_questions(everything)
     return answers
+
+
+def _verdict(study: Study, masks: dict[str, Mask], answers: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Judge the paper's two properties; the rule stands in ``sublens.analysis.verdict``."""
+    functions = {task.name: task.name for task in study.tasks} if study.functions is None else study.functions
+    layers = None if study.compared is None else match_names(study.compared, masks[study.control.name].names)
+    evidence = gather(
+        functions,
+        masks,
+        {name: masks[repeat_of(name)] for name in study.repeated},
+        {name: entry["accuracy"] for name, entry in answers["masks"].items()},
+        answers["network"]["accuracy"],
+        {
+            name: {task: band["mean"] for task, band in entry.get("random_accuracy", {}).items()}
+            for name, entry in answers["masks"].items()
+        },
+        layers=layers,
+        seed=seed_from(seed, "verdict") % 2**32,
+    )
+    return judge(evidence)
 
 
 def _asked_questions(asked: Asked) -> dict[str, Any]:

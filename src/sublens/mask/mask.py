@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sublens.errors import FileError, MismatchError, NonFiniteError, SettingError
+from sublens.groups import Grouping
 from sublens.mask.applying import zeroed
 from sublens.mask.identity import binarise, fingerprint
 from sublens.mask.random_bits import random_bits
@@ -73,12 +74,15 @@ class Mask:
     # --- making masks
 
     @classmethod
-    def from_logits(cls, logits: Mapping[str, Tensor], network: str) -> "Mask":
+    def from_logits(
+        cls, logits: Mapping[str, Tensor], network: str, groupings: Mapping[str, Grouping] | None = None
+    ) -> "Mask":
         """The mask of trained logits by :func:`binarise`: kept iff the logit is above 0.
 
         Args:
             logits: parameter name -> logits of the parameter's shape.
             network: fingerprint of the network.
+            groupings: :attr:`sublens.MaskedNetwork.groupings`, if elements share logits.
 
         Raises:
             NonFiniteError: a logit is NaN.
@@ -87,7 +91,10 @@ class Mask:
         for name, logit in logits.items():
             if bool(logit.detach().isnan().any()):
                 raise NonFiniteError(f"the logits of '{name}' contain NaN: their training failed", parameter=name)
-        return cls({name: binarise(logit) for name, logit in logits.items()}, network)
+        kept = {name: binarise(logit) for name, logit in logits.items()}
+        if groupings is not None:
+            kept = {name: grouping.spread(kept[grouping.owner]) for name, grouping in groupings.items()}
+        return cls(kept, network)
 
     @classmethod
     def full(cls, network: nn.Module, where: Where = None, *, biases: bool = False) -> "Mask":
@@ -97,11 +104,24 @@ class Mask:
         return cls(kept, fingerprint(network))
 
     @classmethod
-    def random_like(cls, mask: "Mask", seed: int) -> "Mask":
+    def random_like(cls, mask: "Mask", seed: int, groupings: Mapping[str, Grouping] | None = None) -> "Mask":
         """A random mask that keeps as many elements of each layer as ``mask``, every choice of them equally likely.
 
         The same ``seed`` (any integer) and layer names give the same mask on every machine and version.
+
+        Args:
+            mask: the mask.
+            seed: any integer.
+            groupings: :attr:`sublens.MaskedNetwork.groupings`, if elements share logits: whole groups are chosen then,
+                as many as ``mask`` keeps.
+
+        Raises:
+            MismatchError: ``mask`` keeps a part of a group, or has other layers.
         """
+        if groupings is not None:
+            drawn = cls.random_like(mask.by_group(groupings), seed)
+            kept = {name: grouping.spread(drawn[grouping.owner]) for name, grouping in groupings.items()}
+            return cls(kept, mask._network)
         packed = {
             name: random_bits(math.prod(shape), count, f"{seed}/{name}")
             for (name, shape), count in zip(mask._shapes.items(), mask.kept_counts().values(), strict=True)
@@ -132,6 +152,26 @@ class Mask:
         chosen = set(match_names(layers, self._packed))
         packed = {name: (other if name in chosen else self)._packed[name] for name in self._packed}
         return self._of(packed, dict(self._shapes), self._network)
+
+    def by_group(self, groupings: Mapping[str, Grouping]) -> "Mask":
+        """This mask with one element for each group: what overlap and chance are to be counted in.
+
+        Args:
+            groupings: :attr:`sublens.MaskedNetwork.groupings` of the training.
+
+        Returns:
+            A mask whose layers are the parameters that own logits, in the logits' shape. It fits no network.
+
+        Raises:
+            MismatchError: a group is kept in part, or the groupings are for other layers.
+        """
+        if groupings.keys() != self._packed.keys():
+            raise MismatchError(f"the groupings are for {sorted(groupings)}, the mask has {sorted(self._packed)}")
+        for name, grouping in groupings.items():
+            if math.prod(self._shapes[name]) != grouping.size:
+                raise MismatchError(f"'{name}' has {math.prod(self._shapes[name])} elements, not {grouping.size}")
+        kept = {n: each.of_elements(self[n]) for n, each in groupings.items() if each.owner == n}
+        return Mask(kept, self._network)
 
     def bind(self, network: nn.Module) -> "Mask":
         """The same mask for other weights: explicitly transferred to a network with the same names and shapes.
@@ -281,7 +321,7 @@ class Mask:
         Raises:
             MismatchError: the mask belongs to another network, or names or shapes differ. Nothing has changed then.
         """
-        self._check_network(network)
+        self.check(network)
         with zeroed(network, ((name, ~self[name]) for name in self)):
             yield network
 
@@ -291,7 +331,7 @@ class Mask:
         Raises:
             MismatchError: the mask belongs to another network, or names or shapes differ.
         """
-        self._check_network(network)
+        self.check(network)
         names = {alias: aliases for aliases in tied_names(network).values() for alias in aliases}
         pruned = copy.deepcopy(network)
         parameters = dict(pruned.named_parameters(remove_duplicate=False))
@@ -337,7 +377,7 @@ class Mask:
                 raise FileError(f"'{os.fspath(path)}': {name!a}: {error}") from error
         mask = cls._of(packed, checked, fingerprint_entry(path, entry))
         if network is not None:
-            mask._check_network(network)
+            mask.check(network)
         return mask
 
     # --- belonging together
@@ -369,9 +409,18 @@ class Mask:
             if len(twice := [name for name in names if name in self]) > 1:
                 raise MismatchError(f"{' and '.join(twice)} are one tensor in the network, but two layers in the mask")
 
-    def _check_network(self, network: nn.Module) -> None:
+    def check(self, network: nn.Module, found: str | None = None) -> None:
+        """Refuse a network that the mask does not belong to.
+
+        Args:
+            network: the network.
+            found: its :func:`sublens.fingerprint`, if that is known already.
+
+        Raises:
+            MismatchError: names, shapes, weights or buffers differ.
+        """
         self._check_layers(network)
-        if (found := fingerprint(network)) != self._network:
+        if (found := found or fingerprint(network)) != self._network:
             raise MismatchError(
                 f"the mask belongs to network {self._network[:12]}, this one is {found[:12]}: names and shapes fit, "
                 "but weights or buffers differ. Load those that the mask was made for, or use mask.bind(network) to "

@@ -12,7 +12,7 @@ from sublens.report.duel_table import (
     memory_text,
     stability_text,
 )
-from sublens.report.page import write_report
+from sublens.report.page import write_figures, write_report
 from sublens.report.run_folder import RunFolder, read
 from sublens.report.sweep_page import sweep_page, written
 from sublens.report.sweep_table import Row, as_csv, as_json, as_text, described, tabulate
@@ -38,6 +38,7 @@ __all__ = [
     "stability_text",
     "sweep_page",
     "tabulate",
+    "write_figures",
     "write_report",
     "written",
 ]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_hex, to_rgb
 from matplotlib.patches import Patch
 
 from sublens.answers import Bars, Figure, Histogram, Lines, Matrix, Picture, Spread, Value
@@ -30,9 +30,11 @@ _BY_CHANCE = "by chance"
 # One hue that gets darker, and two that meet in white: both read in grey by their numbers, and to any eye.
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#f4f8fb", "#9cc7e4", "#3f8fc7", "#0b4f80"])
 _DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#9a4a00", "#e79a5b", "#f7f7f7", "#7db2d9", "#0b5a92"])
-# Of a picture: kept by none, then by every combination of its masks. One mask alone has its series' colour; several
-# are darker the more of them there are, so that what all keep is darkest.
+# Of a picture: kept by none, by one mask alone (in its series' colour, from dark to light, so that they differ in grey
+# too), by several. Of more than two masks only their number is shown: sixteen colours could not be told apart.
 _NONE = "#eef0f2"
+_LIGHTER = (0.0, 0.45, 0.25, 0.65)
+_SEVERAL = ("#5b5f63", "#36393c", "#101214")  # all, one less, ...; from the end
 
 
 def draw(figure: Figure, name: str) -> Drawing:
@@ -149,6 +151,7 @@ def _lines(lines: Lines, name: str) -> Drawing:
             axes.set_xticks(places[::every], [shorten(str(x), 18) for x in lines.x[::every]])
         elif lines.log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel(lines.x_label)
         _value_axis(axes, "y", lines.label, lines.unit, [value for series in lines.series for value in series.values])
         add_legend(figure, axes)
@@ -253,29 +256,31 @@ def _written(value: float, unit: str, signed: bool) -> str:
 
 
 def _picture(picture: Picture, name: str) -> Drawing:
-    count = len(picture.masks)
-    colours = [_NONE, *(_mixed(code, count) for code in range(1, 2**count))]
-    codes = [[int(digit, 16) for digit in row] for row in picture.cells]
+    kinds, colours = _kinds(picture.masks)
+    codes = [[kinds[int(digit, 16)] for digit in row] for row in picture.cells]
     tall, wide = len(codes), len(codes[0])
     # The longer side fills the figure; a very long or very flat matrix is stretched, so that its lines can be seen.
-    ratio = min(max(tall / wide, 0.12), 1.2)
-    with canvas(WIDTH, 0.9 + 5.0 * ratio) as figure:
+    ratio = min(max(tall / wide, 0.15), 0.7)
+    with canvas(WIDTH, 0.9 + 4.6 * ratio) as figure:
         axes = figure.subplots()
         axes.imshow(
-            codes, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, interpolation="none", aspect="auto"
+            codes,
+            cmap=ListedColormap([colour for _, colour in colours]),
+            vmin=-0.5,
+            vmax=len(colours) - 0.5,
+            interpolation="none",
+            aspect="auto",
         )
-        seen = sorted({code for row in codes for code in row}, key=lambda code: (code.bit_count(), code))
-        share = {code: sum(row.count(code) for row in codes) / (tall * wide) for code in seen}
         handles = [
             Patch(
-                facecolor=colours[code],
+                facecolor=colour,
                 edgecolor=COLOURS["quiet"],
                 linewidth=0.4,
-                label=f"{_combination(code, picture.masks)} {100 * share[code]:.1f} %",
+                label=f"{label}: {100 * sum(row.count(kind) for row in codes) / (tall * wide):.1f} %",
             )
-            for code in seen
+            for kind, (label, colour) in enumerate(colours)
         ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(4, len(handles))))
+        figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
         axes.set_xlabel(picture.column_label)
         axes.set_ylabel(picture.row_label)
         for spine in axes.spines.values():
@@ -283,23 +288,27 @@ def _picture(picture: Picture, name: str) -> Drawing:
         return drawn(figure, name)
 
 
-def _combination(code: int, masks: Sequence[str]) -> str:
-    keeping = [mask for bit, mask in enumerate(masks) if code >> bit & 1]
-    if not keeping:
-        return "none"
-    return f"{keeping[0]} only" if len(keeping) == 1 and len(masks) > 1 else " + ".join(keeping)
+def _kinds(masks: Sequence[str]) -> tuple[list[int], list[tuple[str, str]]]:
+    """Return of every combination of masks which kind of element it is, and each kind's name and colour."""
+    count = len(masks)
+    alone = [f"{mask} only" if count > 1 else mask for mask in masks]
+    several = [
+        (" and ".join(masks) if count == 2 else f"all {count}" if number == count else f"{number} of them",
+         _SEVERAL[number - count - 1])
+        for number in range(2, count + 1)
+    ]  # fmt: skip
+    colours = [("none", _NONE), *((label, _lighter(bit)) for bit, label in enumerate(alone)), *several]
+    kinds = []
+    for code in range(2**count):
+        number = code.bit_count()
+        kinds.append(0 if not number else code.bit_length() if number == 1 else count + number - 1)
+    return kinds, colours
 
 
-def _mixed(code: int, count: int) -> str:
-    bits = [bit for bit in range(count) if code >> bit & 1]
-    parts = [to_rgb(series_colour(bit)) for bit in bits]
-    if len(bits) == 1:
-        # Lighter, so that in grey one mask alone lies between none and several.
-        red, green, blue = (0.35 + 0.65 * channel for channel in parts[0])
-    else:
-        dark = 0.55 / (len(bits) - 0.6)
-        red, green, blue = (dark * sum(channel) / len(bits) for channel in zip(*parts, strict=True))
-    return "#" + "".join(f"{round(255 * min(1, channel)):02x}" for channel in (red, green, blue))
+def _lighter(bit: int) -> str:
+    share = _LIGHTER[bit]
+    red, green, blue = (share + (1 - share) * channel for channel in to_rgb(series_colour(bit)))
+    return to_hex((red, green, blue))
 
 
 def _factor(unit: str) -> float:

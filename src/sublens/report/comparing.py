@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sublens.errors import FileError, SettingError
+from sublens.report.page import write_figures
 from sublens.report.run_folder import RunFolder, read
 from sublens.report.sweep_page import sweep_page
 from sublens.report.sweep_table import Row, as_csv, as_json, tabulate
@@ -37,7 +38,9 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
         out.mkdir(parents=True, exist_ok=True)
         (out / "comparison.json").write_text(json.dumps(table, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         (out / "comparison.csv").write_text(as_csv(rows), encoding="utf-8")
-        (out / "comparison.html").write_text(sweep_page(title, rows), encoding="utf-8")
+        page = sweep_page(title, rows)
+        write_figures(page.figures, out)
+        (out / "comparison.html").write_text(page.html, encoding="utf-8")
     except OSError as error:
         raise FileError(f"The comparison cannot be written to {out}: {error.strerror}.") from error
     except ValueError as error:  # JSON has no NaN, which sublens never writes

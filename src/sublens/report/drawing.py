@@ -118,8 +118,10 @@ def inline(svg: str, prefix: str, description: str) -> str:
                 value = re.sub(r"url\(#", f"url(#{prefix}-", value)
                 # The page's own font: matplotlib's is not on every machine.
                 element.set(key, re.sub(r"(font: [^;]*?px) [^;]*", r"\1 var(--figure-font)", _with_variables(value)))
-    for size in ("width", "height"):
-        root.attrib.pop(size, None)
+    width = float(root.attrib.pop("width", "0pt").removesuffix("pt"))
+    root.attrib.pop("height", None)
+    if 0 < width < 72 * WIDTH - 1:
+        root.set("style", f"max-width: {100 * width / (72 * WIDTH):.1f}%")  # letters are as large in every figure
     root.set("role", "img")
     title = ET.Element(f"{{{_SVG}}}title")
     title.text = description

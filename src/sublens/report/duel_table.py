@@ -2,17 +2,12 @@
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Two-sided 95 % points of Student's t distribution for 1 to 30 degrees of freedom; beyond, the normal one's serves.
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+from sublens.intervals import t_interval
 
 
 @dataclass(frozen=True)
@@ -76,16 +71,11 @@ class DuelTable:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float] | None:
-    """Mean and 95 % confidence interval of the mean by Student's t; ``None`` without two values.
+    """Mean and 95 % confidence interval of the mean by Student's t; ``None`` for one value, which has none.
 
-    The mean of one value has no interval. Accuracies near 1 are not normal, so their interval is a rough one.
+    Accuracies near 1 are not normal, so their interval is a rough one.
     """
-    if len(values) < 2:
-        return None
-    mean = statistics.fmean(values)
-    t = _T[len(values) - 2] if len(values) - 1 <= len(_T) else 1.96
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+    return t_interval(values) if len(values) > 1 else None
 
 
 def accuracy_text(row: DuelRow) -> str:

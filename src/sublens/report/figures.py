@@ -178,6 +178,16 @@ def _overlap_points(
     )
 
 
+_PANELS = (
+    # measure, label of the axis, factor, whether it lies in 0..1
+    ("accuracy", "accuracy (%)", 100, True),
+    ("kept", "kept (%)", 100, False),
+    ("iou", "IoU", 1, True),
+    ("iomin", "IoMin", 1, True),
+    ("index", "sharing index", 1, False),
+)
+
+
 def against_setting(rows: Sequence["Row"], setting: str, name: str) -> Drawing | None:
     """Draw accuracy, kept share and IoU against a setting, mean and spread over the seeds; ``None`` without runs.
 
@@ -188,19 +198,19 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> Drawing |
     """
     places, labels = _places([row.settings.get(setting) for row in rows])
     panels = []
-    for what, label, factor in (("accuracy", "accuracy (%)", 100), ("kept", "kept (%)", 100), ("iou", "IoU", 1)):
+    for what, label, factor, bounded in _PANELS:
         keys = list(dict.fromkeys((m.what, m.of, m.on) for row in rows for m in row.measures if m.what == what))
         if keys:
-            panels.append((keys, label, factor))
+            panels.append((keys, label, factor, bounded))
     if not panels:
         return None
     # A mask looks the same in every panel; what only one panel has comes after the masks.
     masks = [m.of for row in rows for m in row.measures if m.what == "kept"]
-    series = [_series_of(key) for keys, _, _ in panels for key in keys]
+    series = [_series_of(key) for keys, *_ in panels for key in keys]
     looks = {name: look for look, name in enumerate(dict.fromkeys((*masks, *series)))}
     with canvas(WIDTH, 2.1 * len(panels) + 0.4) as figure:
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (keys, label, factor) in zip(grid, panels, strict=True):
+        for axes, (keys, label, factor, bounded) in zip(grid, panels, strict=True):
             # Series stand side by side: nearly all masks solve their own task, and would hide each other.
             step = (max(places) - min(places) or 1) * 0.012
             chance_named = False
@@ -222,7 +232,7 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> Drawing |
                     label=_series_of(key),
                 )
             axes.set_ylabel(label)
-            axes.set_ylim(0, None if keys[0][0] == "kept" else 1.04 * factor)
+            axes.set_ylim(0 if _not_below_0(rows, keys) else None, 1.04 * factor if bounded else None)
             axes.grid(axis="y")
             axes.set_axisbelow(True)
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2.6)
@@ -230,6 +240,11 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> Drawing |
         grid[-1].set_xticks(places[::every], labels[::every])
         grid[-1].set_xlabel(setting)
         return drawn(figure, name)
+
+
+def _not_below_0(rows: Sequence["Row"], keys: Sequence[tuple[str, str, str]]) -> bool:
+    found = [row.find(key) for row in rows for key in keys]
+    return all(measure.seen.low >= 0 for measure in found if measure is not None)
 
 
 def _series_of(key: tuple[str, str, str]) -> str:

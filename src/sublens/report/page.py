@@ -33,14 +33,23 @@ def write_report(folder: Path | str) -> Path:
     page = _render(run, drawn)
     target = folder / "report.html"
     try:
-        (folder / "figures").mkdir(exist_ok=True)
-        for name, drawing in drawn.items():
-            (folder / "figures" / f"{name}.svg").write_text(drawing.svg, encoding="utf-8")
-            (folder / "figures" / f"{name}.pdf").write_bytes(drawing.pdf)
+        write_figures(drawn, folder)
         target.write_text(page, encoding="utf-8")
     except OSError as error:
         raise FileError(f"The report cannot be written to {folder}: {error.strerror}.") from error
     return target
+
+
+def write_figures(drawings: Mapping[str, Drawing], folder: Path) -> None:
+    """Write every figure as ``figures/NAME.svg`` and ``.pdf``.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, drawing in drawings.items():
+        (folder / "figures" / f"{name}.svg").write_text(drawing.svg, encoding="utf-8")
+        (folder / "figures" / f"{name}.pdf").write_bytes(drawing.pdf)
 
 
 def template_environment() -> Environment:
@@ -52,7 +61,7 @@ def template_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=sentences.percent, number=sentences.number)
+    environment.filters.update(percent=sentences.percent, number=sentences.number, capitalised=sentences.capitalised)
     return environment
 
 
@@ -65,16 +74,17 @@ def _draw(run: RunFolder) -> dict[str, Drawing]:
     for index, pair in enumerate(run.overlaps):
         name = _overlap_name(index)
         drawn[name] = figures.overlap_per_layer(pair, name, _repeats_of(run, pair))
-    for question, answer in run.answers.items():
-        for index, figure in enumerate(answer.figures):
-            name = _answer_name(question, index)
-            drawn[name] = draw(figure, name)
+    for kind, answers in (("answer", run.answers), ("analysis", run.analysis)):
+        for question, answer in answers.items():
+            for index, figure in enumerate(answer.figures):
+                name = _answer_name(kind, question, index)
+                drawn[name] = draw(figure, name)
     return {name: drawing for name, drawing in drawn.items() if drawing is not None}
 
 
-def _answer_name(question: str, index: int) -> str:
+def _answer_name(kind: str, question: str, index: int) -> str:
     # No other figure's name begins so; what a file may name its question is checked on reading.
-    return f"answer-{question}-{index + 1}"
+    return f"{kind}-{question}-{index + 1}"
 
 
 def _repeats_of(run: RunFolder, pair: Overlap) -> dict[str, Overlap]:
@@ -115,18 +125,19 @@ def _render(run: RunFolder, drawn: Mapping[str, Drawing]) -> str:
         kept_figure=figure("kept-per-layer", texts["kept"]),
         curves_figure=figure("curves", texts["curves"]),
         pairs=pairs,
-        answers=[_answer(question, answer, figure) for question, answer in run.answers.items()],
+        answers=[_answer("answer", question, answer, figure) for question, answer in run.answers.items()],
+        analysis=[_answer("analysis", question, answer, figure) for question, answer in run.analysis.items()],
         colours=COLOURS,
     )
 
 
-def _answer(question: str, answer: Answer, figure: Callable[[str, str], Markup | None]) -> dict[str, Any]:
+def _answer(kind: str, question: str, answer: Answer, figure: Callable[[str, str], Markup | None]) -> dict[str, Any]:
     """Return what the template shows of an answer."""
     return {
         "title": answer.title,
         "sentence": answer.sentence,
         "figures": [
-            (entry.title, figure(_answer_name(question, index), entry.title))
+            (entry.title, figure(_answer_name(kind, question, index), entry.title))
             for index, entry in enumerate(answer.figures)
         ],
         "tables": answer.tables,

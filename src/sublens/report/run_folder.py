@@ -14,6 +14,11 @@ from sublens.errors import FileError, StudyError
 Record = dict[str, float]
 """One line of the history: what was recorded at a step. ``step`` is always there."""
 
+PROPERTIES = {
+    "specialize": "P_specialize: different functions use different weights",
+    "reuse": "P_reuse: the same function uses the same weights",
+}
+
 MEASURES = ("iou", "iomin", "shared")
 
 
@@ -59,6 +64,15 @@ class Overlap:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What a run says of one property: "holds", "fails" or "undecided", and the sentence why."""
+
+    name: str
+    outcome: str
+    because: str
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """A finished run.
 
@@ -67,6 +81,9 @@ class RunFolder:
         repeats: task -> overlap of its mask with a second one, trained with another seed.
         confusion: who was asked (a mask's name or "network") -> told -> answered -> share in 0..1.
         answers: name of a question of the study -> its answer.
+        analysis: name of a question that every run asks -> its answer.
+        sharing: names of two tasks ("add and mul") -> their sharing index.
+        verdict: on each property of the paper; empty if none was given.
         history: mask's name -> its records, in order of steps.
     """
 
@@ -81,6 +98,9 @@ class RunFolder:
     repeats: dict[str, Overlap]
     confusion: dict[str, dict[str, dict[str, float]]]
     answers: dict[str, Answer]
+    analysis: dict[str, Answer]
+    sharing: dict[str, float]
+    verdict: dict[str, Verdict]
     history: dict[str, list[Record]]
 
 
@@ -111,6 +131,9 @@ def read(folder: Path) -> RunFolder:
             repeats=_repeats(result.get("repeats") or {}),
             confusion=_confusion(result.get("confusion") or {}),
             answers=_answers(result.get("answers") or {}),
+            analysis=_answers(result.get("analysis") or {}),
+            sharing=_sharing(_mapping(result.get("verdict") or {}, "verdict").get("pairs") or []),
+            verdict=_verdicts(result.get("verdict") or {}),
             history=_history(folder / "history.jsonl", list(masks)),
         )
     except _Malformed as error:
@@ -206,6 +229,33 @@ def _answers(value: Any) -> dict[str, Answer]:
         except StudyError as error:
             raise _Malformed(f"the answer to {name} cannot be shown: {error}".rstrip(".")) from None
     return answers
+
+
+def _verdicts(value: Any) -> dict[str, Verdict]:
+    verdicts = {}
+    for key, name in PROPERTIES.items():
+        if key in _mapping(value, "verdict"):
+            entry = _mapping(value[key], f"verdict.{key}")
+            outcome, because = entry.get("verdict"), entry.get("because")
+            if outcome not in ("holds", "fails", "undecided") or not isinstance(because, str):
+                raise _Malformed(f"verdict.{key} is none")
+            verdicts[key] = Verdict(name, outcome, printable(because))
+    return verdicts
+
+
+def _sharing(value: Any) -> dict[str, float]:
+    if not isinstance(value, list):
+        raise _Malformed(f"verdict.pairs is {_kind(value)} instead of a list")
+    found = {}
+    for entry in value:
+        pair = _mapping(entry, "verdict.pairs")
+        tasks, index = pair.get("tasks"), pair.get("index")
+        if not isinstance(tasks, list) or len(tasks) != 2:
+            raise _Malformed("an entry of verdict.pairs does not name its two tasks")
+        if index is not None:
+            name = f"{printable(tasks[0])} and {printable(tasks[1])}"
+            found[name] = _number(_mapping(index, "index").get("mean"), "index.mean")
+    return found
 
 
 def _printable_throughout(value: Any) -> Any:

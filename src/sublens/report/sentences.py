@@ -27,6 +27,11 @@ def number(value: float) -> str:
     return text.replace("-", "\u2212")
 
 
+def capitalised(text: str) -> str:
+    """Write the first letter large and leave the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def listed(parts: Iterable[str]) -> str:
     """Join parts as a sentence does: "a", "a and b", "a, b and c"."""
     *front, last = parts

@@ -1,20 +1,29 @@
 """The page over many runs: one table and, for each setting that was swept, figures against it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from sublens.report import figures
-from sublens.report.drawing import COLOURS, inline
+from sublens.report.drawing import COLOURS, Drawing, inline
 from sublens.report.page import template_environment
-from sublens.report.run_folder import printable
+from sublens.report.run_folder import PROPERTIES, printable
 from sublens.report.sentences import percent
 from sublens.report.sweep_table import Measure, Row, Spread, as_text, described
 
 
-def sweep_page(title: str, rows: Sequence[Row], failed: Sequence[tuple[str, str]] = ()) -> str:
-    """Return one HTML page that holds everything it shows.
+@dataclass(frozen=True)
+class SweepPage:
+    """The page over many runs: HTML that holds everything it shows, and its figures by file name without ending."""
+
+    html: str
+    figures: dict[str, Drawing]
+
+
+def sweep_page(title: str, rows: Sequence[Row], failed: Sequence[tuple[str, str]] = ()) -> SweepPage:
+    """Return the page over many runs.
 
     Args:
         title: the study's name.
@@ -22,7 +31,8 @@ def sweep_page(title: str, rows: Sequence[Row], failed: Sequence[tuple[str, str]
         failed: of each run that is not among them its settings, and why it failed.
     """
     setting = _across(rows)
-    return (
+    charts = [] if setting is None else _charts(rows, setting)
+    html = (
         template_environment()
         .get_template("sweep.html.j2")
         .render(
@@ -31,19 +41,26 @@ def sweep_page(title: str, rows: Sequence[Row], failed: Sequence[tuple[str, str]
             runs=sum(len(row.seeds) for row in rows),
             failed=[(printable(name), printable(reason)) for name, reason in failed],
             setting=setting,
-            charts=[] if setting is None else _charts(rows, setting),
+            charts=charts,
+            properties=PROPERTIES,
             written=written,
+            numbers=NUMBERS,
             as_text=as_text,
             colours=COLOURS,
         )
     )
+    return SweepPage(html, {chart["file"]: chart["drawing"] for chart in charts})
+
+
+NUMBERS = ("iou", "iomin", "index")
+"""The measures that are written as numbers; all others are shares, written in percent."""
 
 
 def written(spread: Spread | None, what: str) -> str:
     """Write mean and standard deviation as a table shows them: ``99.1 ± 0.4 %``, ``0.378 ± 0.010``."""
     if spread is None:
         return "n/a"
-    if what in ("iou", "iomin"):
+    if what in NUMBERS:
         return f"{spread.mean:.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")
     text = percent(spread.mean)
     return text if spread.sd is None else text.replace("\u00a0%", f" ± {100 * spread.sd:.1f}\u00a0%")
@@ -80,10 +97,11 @@ def _charts(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
     for index, (name, members) in enumerate(groups.items()):
         if all(_is_number(row.settings.get(setting)) for row in members):
             members = sorted(members, key=lambda row: row.settings[setting])
-        prefix, sentence = f"sweep-{index}", _sentence(members, setting)
+        prefix, sentence = f"sweep-{index + 1}", _sentence(members, setting)
         drawing = figures.against_setting(members, setting, prefix)
         if drawing is not None:
-            charts.append({"name": name, "sentence": sentence, "figure": Markup(inline(drawing.svg, prefix, sentence))})
+            figure = Markup(inline(drawing.svg, prefix, sentence))
+            charts.append({"name": name, "sentence": sentence, "figure": figure, "file": prefix, "drawing": drawing})
     return charts
 
 
@@ -95,7 +113,7 @@ def _sentence(rows: Sequence[Row], setting: str) -> str:
     parts = []
     for before in first.measures:
         after = last.find((before.what, before.of, before.on))
-        told = before.what in ("kept", "iou") or before.on == before.of
+        told = before.what in ("kept", "iou", "index") or before.on == before.of
         if after is not None and told:
             parts.append(f"{before.name} {_with_chance(before)} to {_with_chance(after)}")
     start, end = as_text(first.settings.get(setting)), as_text(last.settings.get(setting))
@@ -108,4 +126,4 @@ def _with_chance(measure: Measure) -> str:
 
 
 def _number(spread: Spread, what: str) -> str:
-    return f"{spread.mean:.3f}" if what in ("iou", "iomin") else percent(spread.mean)
+    return f"{spread.mean:.3f}" if what in NUMBERS else percent(spread.mean)

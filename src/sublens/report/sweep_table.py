@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sublens.intervals import t_interval
 from sublens.report.run_folder import Chance, OverlapValues, RunFolder, printable
 
 SEED = "seed"
@@ -16,13 +17,23 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Spread:
-    """Several runs' values of one measure. ``sd`` is the sample's standard deviation; one run has none."""
+    """Several runs' values of one measure.
+
+    Attributes:
+        n: number of runs.
+        mean: their mean.
+        sd: the sample's standard deviation; one run has none.
+        low: lowest value.
+        high: highest value.
+        interval: Student's 95 % interval of the mean; one run has none.
+    """
 
     n: int
     mean: float
     sd: float | None
     low: float
     high: float
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,8 @@ class Measure:
     """One measure over the runs of one setting. All values are fractions in 0..1.
 
     Attributes:
-        what: ``"accuracy"``, ``"kept"``, ``"iou"`` or ``"iomin"``.
+        what: ``"accuracy"``, ``"kept"``, ``"iou"``, ``"iomin"`` or ``"index"``, the sharing
+            index, which may leave 0..1.
         of: the mask, or the two masks, it is a measure of.
         on: the task that an accuracy was measured on, else empty.
         values: one for each run, in the order of the runs.
@@ -48,18 +60,28 @@ class Measure:
     @property
     def name(self) -> str:
         """What it is called in a table."""
-        what = {"accuracy": "accuracy", "kept": "kept", "iou": "IoU", "iomin": "IoMin"}[self.what]
+        what = {"accuracy": "accuracy", "kept": "kept", "iou": "IoU", "iomin": "IoMin", "index": "sharing index"}[
+            self.what
+        ]
         on = f" on {self.on}" if self.on and self.on != self.of else ""
         return f"{self.of}: {what}{on}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: the runs that differ in nothing but their seeds."""
+    """One setting: the runs that differ in nothing but their seeds.
+
+    Attributes:
+        settings: what sets it apart.
+        seeds: of its runs.
+        measures: what they found.
+        verdicts: property of the paper -> verdict -> number of runs that came to it.
+    """
 
     settings: dict[str, Any]
     seeds: tuple[Any, ...]
     measures: tuple[Measure, ...]
+    verdicts: dict[str, dict[str, int]]
 
     @property
     def name(self) -> str:
@@ -95,7 +117,19 @@ def tabulate(runs: Iterable[tuple[Mapping[str, Any], RunFolder]]) -> tuple[Row, 
         _, seeds, members = groups.setdefault(repr(shared), (shared, [], []))
         seeds.append(settings.get(SEED, run.seed))
         members.append(run)
-    return tuple(Row(settings, tuple(seeds), _measures(runs)) for settings, seeds, runs in groups.values())
+    return tuple(
+        Row(settings, tuple(seeds), _measures(members), _verdicts(members))
+        for settings, seeds, members in groups.values()
+    )
+
+
+def _verdicts(runs: Sequence[RunFolder]) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for run in runs:
+        for key, verdict in run.verdict.items():
+            of = counts.setdefault(key, {"holds": 0, "fails": 0, "undecided": 0})
+            of[verdict.outcome] += 1
+    return counts
 
 
 def _measures(runs: Sequence[RunFolder]) -> tuple[Measure, ...]:
@@ -123,6 +157,8 @@ def _taken(run: RunFolder) -> Iterator[tuple[tuple[str, str, str], float, float 
         yield ("kept", name, ""), mask.kept, None
     for pair in run.overlaps:
         yield from _overlap(f"{pair.first} and {pair.second}", pair.total)
+    for pair_name, index in run.sharing.items():
+        yield ("index", pair_name, ""), index, None
     for name, again in run.repeats.items():
         yield from _overlap(f"{name} and {name} again", again.total)
 
@@ -139,7 +175,8 @@ def _mean(chance: Chance | None) -> float | None:
 
 def _spread(values: Sequence[float]) -> Spread:
     sd = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(len(values), statistics.fmean(values), sd, min(values), max(values))
+    mean, low, high = t_interval(values)
+    return Spread(len(values), mean, sd, min(values), max(values), None if sd is None else (low, high))
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -148,6 +185,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "settings": row.settings,
             "seeds": list(row.seeds),
+            "verdicts": row.verdicts,
             "measures": [
                 {
                     "measure": measure.what,
@@ -169,7 +207,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     settings = list(dict.fromkeys(name for row in rows for name in row.settings))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = ["measure", "of", "on", "n", "mean", "sd", "low", "high", "chance_mean", "chance_sd"]
+    columns = ["measure", "of", "on", "n", "mean", "sd", "low", "high", "t_low", "t_high", "chance_mean", "chance_sd"]
     writer.writerow([*settings, *columns])
     for row in rows:
         front = [as_text(row.settings.get(name)) for name in settings]
@@ -178,7 +216,7 @@ def as_csv(rows: Sequence[Row]) -> str:
             beside = ("", "") if chance is None else (chance.mean, _or_empty(chance.sd))
             writer.writerow(
                 [*front, measure.what, measure.of, measure.on, seen.n, seen.mean, _or_empty(seen.sd), seen.low,
-                 seen.high, *beside]
+                 seen.high, *(seen.interval or ("", "")), *beside]
             )  # fmt: skip
     return text.getvalue()
 

@@ -31,6 +31,22 @@ _BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "recurrent",
             "The same in a recurrent network (LSTM) that is shown the problem for three steps.",
         ),
+        "double-addition": (
+            "sublens.studies.double_addition",
+            "study",
+            "Two additions side by side in one feed-forward network: does the same function use the same weights?",
+        ),
+        "double-addition-lstm": (
+            "sublens.studies.double_addition",
+            "recurrent",
+            "The same in a recurrent network (LSTM) that is shown the two together, or in turns.",
+        ),
+        "scan": (
+            "sublens.studies.scan",
+            "study",
+            "Commands and actions (SCAN) in LSTMs: does a mask trained without some combinations still know them?",
+        ),
+        "scan-transformer": ("sublens.studies.scan", "transformer", "The same in a Transformer."),
     }
 )
 

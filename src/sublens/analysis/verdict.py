@@ -1,0 +1,265 @@
+"""The verdict on the paper's two properties (section 1), from a run's numbers by a stated rule.
+
+*P_specialize*: different functions use different weights. *P_reuse*: the same function uses the same weights.
+
+**Sharing.** Two masks keep a and b weights, and share c. Random masks of the same layer sizes share e on average. Then
+(c - e) / (min(a, b) - e) is 0 for masks that share as random ones do, and 1 where one mask lies in the other, whatever
+their sizes. (IoU cannot be compared between pairs of different sizes: masks of 20 % and 30 % have an IoU of 0.67 at
+most.) Masks of the *same* task, trained twice, do not reach 1 either. So the **sharing index** of two tasks is their
+sharing divided by that of the same task trained again: 0 is chance, 1 is "the same weights, as far as masks can tell".
+
+**Uncertainty.** The index has a 95 % percentile bootstrap interval over the units (rows) of every layer, drawn anew
+within the layer; the rows of both pairs are drawn together. It is the uncertainty within this network and these masks.
+That of other seeds takes several runs (``sublens sweep --seeds``). Of an accuracy only the value is known, so between
+"kept" and "lost" lies a range in which nothing is decided.
+
+**Rule.** With retention r = (accuracy under the mask - random masks' accuracy) / (the network's - random masks'):
+
+- A function is *kept* under a mask if r >= 0.75, and *lost* if r <= 0.25.
+- Two tasks use *different weights* if the interval of their sharing index lies below 0.75, and *the same weights* if it
+  lies above. Three quarters is a convention; the index stands beside the verdict.
+- P_specialize **holds** if, for every two tasks of different functions, each is kept under its own mask and lost under
+  the other's, and they use different weights. It **fails** if each is kept under its own mask and, for some two, one is
+  kept under the other's mask too, or they use the same weights. Otherwise it is **undecided**.
+- P_reuse **holds** if all tasks are kept under their own masks and every two of the same function use the same
+  weights. It **fails** if they are kept and some two use different weights. Otherwise it is **undecided**, also where a
+  study has no two tasks of one function.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from sublens.mask import Mask
+
+KEPT, LOST = 0.75, 0.25
+SAME = 0.75
+_RESAMPLES = 1000
+_LEVEL = 0.95
+_CHUNK = 4_000_000  # numbers drawn at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of two tasks.
+
+    Attributes:
+        tasks: their names.
+        same_function: whether they ask the same function of the network.
+        own: retention of each task under its own mask; ``None`` if it cannot be had.
+        other: retention of the second task under the first's mask, and of the first under the second's.
+        index: sharing index: value, and lower and upper edge; ``None`` if no task of the two was trained twice.
+    """
+
+    tasks: tuple[str, str]
+    same_function: bool
+    own: tuple[float | None, float | None]
+    other: tuple[float | None, float | None]
+    index: tuple[float, float, float] | None
+
+
+def sharing_index(
+    first: Mask,
+    second: Mask,
+    same: Sequence[tuple[Mask, Mask]],
+    *,
+    layers: Sequence[str] | None = None,
+    seed: int = 0,
+) -> tuple[float, float, float] | None:
+    """Return the sharing index of two masks (see the module), and the 95 % bootstrap interval.
+
+    Args:
+        first: one mask.
+        second: the other.
+        same: pairs of masks of the same task each, trained twice; their mean is what the index is measured in.
+        layers: names of the layers that are compared; ``None``: all.
+        seed: of the bootstrap.
+
+    Returns:
+        Index, lower and upper edge; ``None`` if ``same`` is empty, or shares no more than random masks do.
+    """
+    names = list(first.names) if layers is None else list(layers)
+    pairs = [(first, second), *same]
+    random = np.random.default_rng(seed)
+    # For each pair: kept by each, by both, and expected by chance; once as they are, then resampled.
+    sums = np.zeros((len(pairs), 4, 1 + _RESAMPLES))
+    for name in names:
+        rows, size = _rows(pairs, name)
+        counts = np.concatenate([rows.sum(2, keepdims=True), _resampled(rows, random)], axis=2)
+        sums[:, :3] += counts
+        sums[:, 3] += counts[:, 0] * counts[:, 1] / size
+    mine, others, both, chance = (sums[:, part] for part in range(4))
+    room = np.minimum(mine, others) - chance
+    sharing = np.divide(both - chance, room, out=np.full_like(room, np.nan), where=room > 1e-9)
+    if not same or np.isnan(sharing[:, 0]).any() or sharing[1:, 0].mean() <= 0:
+        return None
+    index = sharing[0] / sharing[1:].mean(0)
+    edges = np.nanquantile(index[1:], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float(index[0]), float(edges[0]), float(edges[1])
+
+
+def _resampled(rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return the sums over rows (the last axis) of each resample, in little memory for layers of many rows."""
+    count = rows.shape[2]
+    chunk = max(1, _CHUNK // count)
+    parts = []
+    for start in range(0, _RESAMPLES, chunk):
+        size = min(chunk, _RESAMPLES - start)
+        times = random.multinomial(count, np.full(count, 1 / count), size=size).astype(float)
+        parts.append(rows @ times.T)
+    return np.concatenate(parts, axis=2)
+
+
+def _rows(pairs: Sequence[tuple[Mask, Mask]], name: str) -> tuple[np.ndarray, int]:
+    """Return for each pair, of each row of a layer, what each mask keeps and what both keep, and the layer's size."""
+    found = []
+    size = 0
+    for first, second in pairs:
+        mine, others = (mask[name].numpy() for mask in (first, second))
+        size = mine.size
+        mine, others = (kept.reshape(kept.shape[0], -1) if kept.ndim else kept.reshape(1, 1) for kept in (mine, others))
+        found.append([mine.sum(1), others.sum(1), (mine & others).sum(1)])
+    return np.asarray(found, dtype=float), size
+
+
+def retention(accuracy: float, whole: float, chance: float) -> float | None:
+    """Return how much of a function is left: 0 as under random masks, 1 as in the network; ``None`` without a scale."""
+    return (accuracy - chance) / (whole - chance) if whole - chance > 1e-9 else None
+
+
+def gather(
+    functions: Mapping[str, str],
+    masks: Mapping[str, Mask],
+    repeats: Mapping[str, Mask],
+    accuracy: Mapping[str, Mapping[str, float]],
+    whole: Mapping[str, float],
+    chance: Mapping[str, Mapping[str, float]],
+    *,
+    layers: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[Evidence]:
+    """Collect what is known of every two tasks.
+
+    Args:
+        functions: task -> name of its function; the tasks that take part.
+        masks: task -> mask.
+        repeats: task -> its mask trained again, with another seed. If neither task of a pair was, the mean of all is
+            taken, and without any there is no index.
+        accuracy: mask -> task -> value under the mask.
+        whole: task -> the network's value.
+        chance: mask -> task -> mean value under random masks of the mask's layer sizes; 0 where there is none.
+        layers: names of the layers that are compared; ``None``: all.
+        seed: of the bootstrap.
+    """
+
+    def left(mask: str, task: str) -> float | None:
+        return retention(accuracy[mask][task], whole[task], chance.get(mask, {}).get(task, 0.0))
+
+    found = []
+    for first, second in combinations(functions, 2):
+        again = [task for task in (first, second) if task in repeats] or list(repeats)
+        same = [(masks[task], repeats[task]) for task in again]
+        found.append(
+            Evidence(
+                tasks=(first, second),
+                same_function=functions[first] == functions[second],
+                own=(left(first, first), left(second, second)),
+                other=(left(first, second), left(second, first)),
+                index=sharing_index(masks[first], masks[second], same, layers=layers, seed=seed),
+            )
+        )
+    return found
+
+
+def judge(evidence: Sequence[Evidence]) -> dict[str, Any]:
+    """Return the verdict on both properties by the rule of this module.
+
+    Returns:
+        ``specialize`` and ``reuse``: ``verdict`` (``"holds"``, ``"fails"`` or ``"undecided"``) and ``because``, a
+        sentence; ``pairs``: the evidence.
+    """
+    different = [pair for pair in evidence if not pair.same_function]
+    alike = [pair for pair in evidence if pair.same_function]
+    return {
+        "specialize": _property(different, _specializes, "no two tasks of different functions were compared"),
+        "reuse": _property(alike, _reuses, "the study has no two tasks of the same function"),
+        "pairs": [
+            {
+                "tasks": list(pair.tasks),
+                "same_function": pair.same_function,
+                "own": list(pair.own),
+                "other": list(pair.other),
+                "index": None if pair.index is None else dict(zip(("mean", "low", "high"), pair.index, strict=True)),
+            }
+            for pair in evidence
+        ],
+    }
+
+
+def _property(pairs: Sequence[Evidence], of_pair: Any, nothing: str) -> dict[str, str]:
+    if not pairs:
+        return {"verdict": "undecided", "because": f"{nothing}."}
+    found = [of_pair(pair) for pair in pairs]
+    for verdict in ("fails", "undecided", "holds"):  # one pair that fails decides; then one that is undecided
+        reasons = [reason for outcome, reason in found if outcome == verdict]
+        if reasons:
+            more = f" (and so for {len(reasons) - 1} more of {len(pairs)} pairs)" if len(reasons) > 1 else ""
+            return {"verdict": verdict, "because": f"{reasons[0]}{more}."}
+    raise AssertionError(found)
+
+
+def _specializes(pair: Evidence) -> tuple[str, str]:
+    unkept = _unkept(pair)
+    if unkept:
+        return unkept
+    weights, sharing = _weights(pair)
+    first, second = pair.tasks
+    for mask, task, left in ((first, second, pair.other[0]), (second, first, pair.other[1])):
+        if left is not None and left >= KEPT:
+            return "fails", f"under the {mask} mask {_percent(left)} of {task} is left too"
+    if weights == "same":
+        return "fails", f"each function is kept under its own mask, but {sharing}"
+    for mask, task, left in ((first, second, pair.other[0]), (second, first, pair.other[1])):
+        if left is None or left > LOST:
+            what = "cannot be measured" if left is None else f"is neither kept nor lost ({_percent(left)} is left)"
+            return "undecided", f"under the {mask} mask {task} {what}"
+    if weights != "different":
+        return "undecided", sharing
+    lost = " and ".join(_percent(left) for left in pair.other if left is not None)
+    return "holds", f"under their own masks {first} and {second} are kept, under each other's {lost} is left; {sharing}"
+
+
+def _reuses(pair: Evidence) -> tuple[str, str]:
+    unkept = _unkept(pair)
+    if unkept:
+        return unkept
+    weights, sharing = _weights(pair)
+    return {"same": "holds", "different": "fails"}.get(weights, "undecided"), sharing
+
+
+def _unkept(pair: Evidence) -> tuple[str, str] | None:
+    for task, left in zip(pair.tasks, pair.own, strict=True):
+        if left is None or left < KEPT:
+            what = "cannot be measured" if left is None else f"only {_percent(left)} is left"
+            return "undecided", f"the {task} mask does not have its own function ({what}), so it is no evidence"
+    return None
+
+
+def _weights(pair: Evidence) -> tuple[str, str]:
+    names = " and ".join(pair.tasks)
+    if pair.index is None:
+        return "unknown", f"how much {names} share has nothing to be measured by: no task's mask was trained twice"
+    index, low, high = pair.index
+    text = (
+        f"{names} share {index:.2f} (95 % interval {low:.2f} to {high:.2f}) of what the same task trained again shares"
+    )
+    weights = "same" if low > SAME else "different" if high < SAME else "unknown"
+    where = {"same": "above", "different": "below"}.get(weights, "on both sides of")
+    return weights, f"{text}, {where} {SAME:g}"
+
+
+def _percent(left: float) -> str:
+    return f"{100 * max(left, 0.0):.1f} %"

@@ -1,0 +1,26 @@
+"""Intervals over independent repetitions, such as the runs of several seeds."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from scipy.special import stdtrit
+
+from sublens.errors import SettingError
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Return mean and Student's t interval of the mean over independent repetitions, such as runs of several seeds.
+
+    One value has no interval: its edges are infinite.
+
+    Raises:
+        SettingError: there are no values, or ``level`` is not in 0..1.
+    """
+    if not len(values) or not 0 < level < 1:
+        raise SettingError(f"An interval of level {level} over {len(values)} values cannot be had.")
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, -math.inf, math.inf
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2) * statistics.stdev(values) / math.sqrt(len(values)))
+    return mean, mean - half, mean + half
