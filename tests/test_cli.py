@@ -58,8 +58,13 @@ def test_commands_and_options_are_these():
     }
     assert surface == {
         "compare": ["--out", "runs"],
+        "duel": [
+            "--gates", "--kept", "--network", "--out", "--preset", "--samples", "--seeds", "--steps", "--tasks",
+            "--widths", "study",
+        ],
         "inspect": [
-            "--alpha", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--steps", "--widths",
+            "--alpha", "--groups", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--steps",
+            "--widths",
             "study",
         ],
         "studies": [],

@@ -1,6 +1,7 @@
 """Duels: the same network, data and budget for all, exact kept fractions, skipping, and the table, page and figure."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sublens as sl
-from sublens import dueling
+from sublens import dueling, studies
 from sublens.cli import run
 from sublens.dueling import duel
 from sublens.errors import MismatchError, SettingError
@@ -234,3 +235,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert run([*command, "--gates", gates]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_digits_of_the_examples_are_a_study(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    file = Path(__file__).parents[1] / "examples" / "digits.py"
+    digits = dataclasses.replace(studies.load(file), network_steps=60)
+    found = duel(digits, ["magnitude", "random"], [0.5], out=tmp_path, tasks=["all", "even"], progress=False)
+    assert found.table.network["all"] > 0.6
+    assert {row.task for row in found.table.rows} == {"all", "even"}

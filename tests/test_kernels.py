@@ -205,7 +205,7 @@ def test_many_threads_do_what_one_does(openmp: bool, three_threads: None, monkey
 def test_odds_are_exponentials() -> None:
     logits = torch.cat([torch.linspace(-LOGIT_BOUND, LOGIT_BOUND, 200_001), torch.tensor([0.0, -0.0])])
     exact = logits.double().exp()
-    assert float(((reference.odds(logits).double() - exact) / exact).abs().max()) < 2e-7
+    assert float(((reference.odds(logits).double() - exact) / exact).abs().max()) < 7e-7
     assert reference.odds(torch.zeros(1)) == 1.0
 
 

@@ -2,13 +2,15 @@
 
 import functools
 import logging
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sublens.kernels import threads
+from sublens.kernels import reference, threads
+from sublens.kernels.reference import LOGIT_BOUND
 from sublens.noise import Draw
 
 _SMALL = 32_768
@@ -18,12 +20,41 @@ log = logging.getLogger("sublens")
 
 
 @functools.cache
-def _loops() -> Any:
+def loops() -> Any:
+    """The compiled loops."""
     # Imported at first use: Numba takes a second to load, and the first time ever some ten to compile.
     log.info("sublens: loading the fused CPU kernels (the first time on a machine they are compiled, then cached)")
-    from sublens.kernels import loops
+    from sublens.kernels import loops as compiled
 
-    return loops
+    return compiled
+
+
+def name(p: "np.ndarray", draw: Draw) -> None:
+    """Write what names a draw into the fields that a loop is given."""
+    compiled = loops()
+    p[compiled.KEY : compiled.KEY + 4] = draw.key()
+    p[compiled.COUNTER : compiled.COUNTER + 3] = (draw.sample, *draw.counter()[1:])
+
+
+@functools.cache
+def agrees() -> bool:
+    """Whether the loops, as they are compiled here, give the reference's samples bit for bit.
+
+    They are checked once in each process: code that was compiled on another processor or from other files and then
+    found in a cache, or a compiler that fuses what must be rounded, would otherwise change masks without a word.
+    """
+    draw = Draw(seed=1, step=2, sample=3, parameter=4)
+    logits = torch.linspace(-LOGIT_BOUND, LOGIT_BOUND, 1500)
+    weight = torch.linspace(1, 2, 1500)
+    found = torch.empty(1500)
+    walk(weight, logits, draw, masked=found)
+    same = torch.equal(found, reference.masked(weight, logits, draw)) and sys.byteorder == "little"
+    if not same:
+        log.warning(
+            "sublens: the fused CPU kernels do not give the reference's samples on this machine and are not used. "
+            "Remove Numba's cache (the __pycache__ of sublens/kernels) if another version of sublens was here before."
+        )
+    return same
 
 
 def applies(weight: Tensor, logits: Tensor) -> bool:
@@ -33,7 +64,11 @@ def applies(weight: Tensor, logits: Tensor) -> bool:
     inside a function transform, lazily negated ones), go the reference's way.
     """
     return (
-        not torch.compiler.is_compiling() and weight.numel() > 0 and _has_plain_data(weight) and _has_plain_data(logits)
+        not torch.compiler.is_compiling()
+        and weight.numel() > 0
+        and _has_plain_data(weight)
+        and _has_plain_data(logits)
+        and agrees()
     )
 
 
@@ -75,12 +110,12 @@ def walk(
         begin: first element of the run; the run's length is that of ``masked`` or ``gradient`` over ``samples``.
         samples: number of samples K.
     """
-    loops = _loops()
+    compiled = loops()
     like = masked if masked is not None else gradient
     if like is None:
         raise ValueError("walk() has nothing to do: give masked, or gradient and result.")
     count = like.numel() // samples
-    p = np.empty(loops.FIELDS, np.int64)
+    p = np.empty(compiled.FIELDS, np.int64)
     p[:10] = (
         0,
         weight.data_ptr() + 4 * begin,
@@ -93,9 +128,8 @@ def walk(
         samples,
         count,
     )
-    p[10:14] = draw.key()
-    p[14:17] = (draw.sample, *draw.counter()[1:])
-    threads.run(loops.walk.address, p.ctypes.data, parallel=count * samples >= _SMALL)
+    name(p, draw)
+    threads.run(compiled.walk.address, p.ctypes.data, parallel=count * samples >= _SMALL)
 
 
 def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
@@ -110,3 +144,61 @@ def logit_gradient(gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw)
     out = torch.empty(logits.shape, dtype=torch.float32)
     walk(weight.contiguous(), logits.contiguous(), draw, gradient=gradient.resolve_neg().contiguous(), result=out)
     return out
+
+
+def squares(gradient: Tensor, constant: float) -> float:
+    """Sum of the squares of a gradient with a constant added to each of its numbers.
+
+    Args:
+        gradient: contiguous float32.
+        constant: in float32.
+
+    Returns:
+        the sum, to some 1e-5 of it. It is the same for any number of threads.
+    """
+    compiled = loops()
+    sums = np.zeros(-(-gradient.numel() // compiled.CHUNK))
+    p = np.zeros(compiled.UPDATE_FIELDS, np.int64)
+    p[compiled.SLOPES], p[compiled.SIZE], p[compiled.SUMS] = gradient.data_ptr(), gradient.numel(), sums.ctypes.data
+    p.view(np.float64)[compiled.CONSTANT] = constant
+    threads.run(compiled.squares.address, p.ctypes.data, parallel=gradient.numel() >= _SMALL)
+    return float(sums.sum())
+
+
+def adam(
+    values: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    mean_square: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    constant: float,
+    factor: float,
+) -> None:
+    """One step of Adam (Kingma and Ba, 2015, algorithm 1), in place, for the gradient ``(gradient + constant) factor``.
+
+    Args:
+        values: what is trained; contiguous float32.
+        gradient: likewise; read only.
+        mean: running average of the gradient; likewise, written.
+        mean_square: that of its square; likewise, written.
+        step: number of this step, from 1.
+        lr: learning rate.
+        betas: decay of the two averages.
+        epsilon: added to the root of the second.
+        constant: added to each number of the gradient.
+        factor: what the sum is multiplied by.
+    """
+    compiled = loops()
+    p = np.zeros(compiled.UPDATE_FIELDS, np.int64)
+    p[compiled.VALUES], p[compiled.SLOPES] = values.data_ptr(), gradient.data_ptr()
+    p[compiled.MEANS], p[compiled.MEAN_SQUARES] = mean.data_ptr(), mean_square.data_ptr()
+    p[compiled.SIZE] = values.numel()
+    f = p.view(np.float64)
+    f[compiled.RATE], f[compiled.ROOT] = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
+    f[compiled.BETA_1], f[compiled.BETA_2], f[compiled.EPSILON] = *betas, epsilon
+    f[compiled.CONSTANT], f[compiled.FACTOR] = constant, factor
+    threads.run(compiled.adam.address, p.ctypes.data, parallel=values.numel() >= _SMALL)
