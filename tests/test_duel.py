@@ -121,6 +121,18 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "unfinished").exists()
 
 
+def test_another_gate_of_the_same_name_is_noticed(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mine(sl.Threshold):
+        strength: float = 1.0
+
+    one = {"out": tmp_path, "seeds": (0,), "tasks": ["one"], "progress": False}
+    duel(study(), [Mine], [0.5], **one)  # type: ignore[arg-type]
+    other = dataclasses.make_dataclass("Mine", [("strength", float, 2.0)], bases=(sl.Threshold,), frozen=True)
+    with pytest.raises(MismatchError, match=r"was made by .*Mine\(strength=1.0\), and is asked of .*strength=2.0"):
+        duel(study(), [other], [0.5], **one)  # type: ignore[arg-type]
+
+
 def test_table_page_and_figure_say_the_same(tmp_path: Path) -> None:
     found = duel(study(), ["Bernoulli", "magnitude"], [0.5, 0.1], out=tmp_path, seeds=(0, 1, 2), progress=False)
     told = json.loads((tmp_path / "duel.json").read_text())

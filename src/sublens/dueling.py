@@ -23,7 +23,7 @@ from torch import nn
 
 from sublens import gates
 from sublens.analysis import accuracies
-from sublens.errors import FileError, SettingError
+from sublens.errors import FileError, MismatchError, SettingError
 from sublens.fit import fit
 from sublens.gates import Gate
 from sublens.inspection.folder import Folder, hash_of
@@ -123,7 +123,10 @@ def duel(
     ]
     warm: set[str] = set()
     for index, bout in enumerate(bouts, start=1):
-        if folder.read_json(_result(bout)) is None:
+        made = folder.read_json(_result(bout))
+        if made is not None:
+            _same(made, _described(study, entered[bout.contestant], bout), bout, folder)
+        else:
             if bout.contestant not in warm:
                 # What is loaded and compiled once in a process is no part of anyone's time and memory.
                 _mask(replace(study, mask_steps=2), chosen[bout.task], net, entered[bout.contestant], bout, None, False)
@@ -202,6 +205,18 @@ def _check(kept: Sequence[float], seeds: Sequence[int]) -> None:
         check_kept(float(fraction))
 
 
+def _described(study: Study, gate: type[Gate] | None, bout: Bout) -> str:
+    return bout.contestant if gate is None else repr(gate.for_run(steps=study.mask_steps, kept=bout.kept))
+
+
+def _same(made: Mapping[str, Any], contestant: str, bout: Bout, folder: Folder) -> None:
+    if made.get("contestant") != contestant:
+        raise MismatchError(
+            f"The mask {bout.name} in {folder.path} was made by {made.get('contestant')}, and is asked of "
+            f"{contestant}. Give another folder (--out), or remove that mask and its result."
+        )
+
+
 def _result(bout: Bout) -> str:
     return f"results/{bout.name}.json"
 
@@ -219,6 +234,7 @@ def _fight(
         mask, seconds = _mask(study, task, net, gate, bout, folder, progress)
     metrics = {each.name: each.metric for each in study.tasks} | {task.name: task.metric}
     result = {
+        "contestant": _described(study, gate, bout),
         "kept": mask.kept,
         "accuracy": accuracies(net, metrics, mask),
         "seconds": seconds,
@@ -347,10 +363,11 @@ def _peak_memory() -> Iterator[Callable[[], int | None]]:
     except OSError:
         pass
     yield lambda: peak[0]
-    if before is not None:
-        peak[0] = max(0, _status("VmHWM") - before)
+    highest = None if before is None else _status("VmHWM")
+    if before is not None and highest is not None:
+        peak[0] = max(0, highest - before)
 
 
-def _status(field: str) -> int:
+def _status(field: str) -> int | None:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), None)
