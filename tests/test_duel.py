@@ -113,7 +113,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
     # As if it had been killed while it made this one; and with one contestant more.
     (tmp_path / "results" / "one-TopK-0.5-seed1.json").unlink()
     more = duel(study(), [*GATES[:2], "random"], [0.5], out=tmp_path, seeds=(0, 1), tasks=["one"], progress=False)
-    assert made == ["one-TopK-0.5-seed1", "one-random-0.5-seed0", "one-random-0.5-seed1"]
+    assert made == ["one-random-0.5-seed0", "one-TopK-0.5-seed1", "one-random-0.5-seed1"]
     for row, before in zip(more.table.rows, first.table.rows, strict=False):
         assert (row.accuracy, row.stability) == (before.accuracy, before.stability)
     with pytest.raises(MismatchError, match=r"mask_steps was 12 and is now 13"):
