@@ -105,6 +105,10 @@ def duel(
     """
     changes: dict[str, Any] = {"mask_steps": steps, "samples": samples}
     study = replace(study, **{name: value for name, value in changes.items() if value is not None})
+    if study.together is not None:
+        raise SettingError(
+            f"The study {study.name} trains its weights with its masks; a duel needs one frozen network."
+        )
     if study.groups != "weight":
         raise SettingError(
             f"The study {study.name} masks groups ({study.groups!r}); a duel counts weights, and takes studies that "
@@ -257,27 +261,18 @@ def _mask(
         mask = _reference(study, task, net, batches, part_seed, bout)
         return mask, time.perf_counter() - began
     chosen = gate.for_run(steps=study.mask_steps, kept=bout.kept)
-    amount: dict[str, Any] = {"kept": bout.kept} if chosen.takes_penalty else {"alpha": 0.0}
+    amount: dict[str, Any] = {"alpha": None, "kept": bout.kept} if chosen.takes_penalty else {"alpha": 0.0}
     run = fit(
         net,
         batches,
         task.loss,
-        steps=study.mask_steps,
-        penalty=cast(Any, study.penalty),
-        keep=study.keep,
-        samples=study.samples,
+        **{**study.fit_settings(), **amount},
         seed=part_seed,
-        where=study.where,
-        biases=study.biases,
-        batch_dim=study.batch_dim,
         gate=chosen,
-        lr=study.mask_lr,
-        clip=study.mask_clip,
         evaluate_every=study.mask_steps,
         folder=None if folder is None else folder.checkpoints(bout.name),
         resume=folder is not None,
         progress=bout.name if progress else False,
-        **amount,
     )
     return run.mask, run.seconds
 
