@@ -144,6 +144,7 @@ def test_a_run_is_made_shown_and_its_weights_used_again(study, capsys):
     assert cli.run(["inspect", study, "--out", "one", "--seed", "3"]) == 0
     made = capsys.readouterr().out
     assert "left mask" in made
+    assert "P_specialize (different functions use different weights): undecided." in made
     assert Path("one/report.html").is_file()
     assert cli.run(["show", "one"]) == 0
     assert capsys.readouterr().out == made
