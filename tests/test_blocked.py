@@ -135,6 +135,7 @@ def test_pieces_hold_all_rows_and_waste_few(rows: int) -> None:
 
 def test_fused_loops_are_trusted_only_where_they_give_the_reference() -> None:
     assert cpu.agrees()
+    assert blocked.agrees()
 
 
 def test_squares_and_adam_are_the_same_on_many_threads_and_near_float64() -> None:

@@ -31,7 +31,7 @@ class NotLinearError(Exception):
 
 def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> bool:
     """Whether all masked parameters are float32 CPU weights of ``nn.Linear``, used nowhere else, under a fused gate."""
-    if not (gate.fused and kernels.fused()):
+    if not (gate.fused and kernels.fused() and blocked.agrees()):
         return False
     parameters = dict(network.named_parameters())
     owners: dict[int, list[tuple[nn.Module, str]]] = {}

@@ -236,6 +236,22 @@ class Study:
                     f"Study {self.name!r}: {name} is a module; give a function that makes one, {name}=lambda seed: ..."
                 )
 
+    def fit_settings(self) -> dict[str, Any]:
+        """Return what :func:`sublens.fit` takes of the study's settings for any of its masks."""
+        return {
+            "steps": self.mask_steps,
+            "alpha": self.alpha / self.batch_size,
+            "penalty": self.penalty,
+            "keep": self.keep,
+            "samples": self.samples,
+            "where": self.where,
+            "biases": self.biases,
+            "groups": self.groups,
+            "batch_dim": self.batch_dim,
+            "lr": self.mask_lr,
+            "clip": self.mask_clip,
+        }
+
     def _check_questions(self) -> None:
         if not isinstance(self.questions, Mapping):
             raise StudyError(

@@ -8,13 +8,14 @@ because a library's product first copies the weight into a layout of its own, wh
 Shapes: K samples, m rows in each sample's chunk, the weight is (out, in).
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sublens.kernels import cpu, threads
+from sublens.kernels import cpu, reference, threads
 from sublens.noise import Draw
 
 _VECTOR, _LONGEST = 8, 32  # rows of a piece: a multiple of the first, at most the second
@@ -24,6 +25,19 @@ def pieces(rows: int) -> tuple[int, int]:
     """Into how many pieces of which length a chunk of that many rows is cut, so that few places stay empty."""
     count = math.ceil(rows / _LONGEST)
     return count, _VECTOR * math.ceil(rows / count / _VECTOR)
+
+
+@functools.cache
+def agrees() -> bool:
+    """Whether the loops, as they are compiled here, give the reference's masked weights; see :func:`cpu.agrees`."""
+    if not cpu.agrees():
+        return False
+    draw, like = Draw(seed=1, step=2, sample=0, parameter=4), torch.empty(0, dtype=torch.float32, device="cpu")
+    logits = torch.linspace(-3, 3, 50 * 300, dtype=like.dtype, device=like.device).view(50, 300)
+    weight, x = like.new_ones(50, 300), like.new_ones(2, 1, 300)
+    # Sums of ones are exact in float32, so they are equal or wrong.
+    expected = [reference.masked(weight, logits, Draw(1, 2, k, 4)).sum(1) for k in range(2)]
+    return torch.equal(forward(x, weight, logits, draw), torch.stack(expected).unsqueeze(1))
 
 
 def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
@@ -40,7 +54,7 @@ def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
     """
     samples, m, _ = x.shape
     height = weight.shape[0]
-    loops = cpu.loops()
+    loops = cpu.compiled("linear_loops")
     packed, sums = _packed(x), x.new_empty(_packed_numbers(x, height))
     p = _fields(x, weight, logits, draw)
     p[loops.INPUTS], p[loops.GRADIENT] = packed.data_ptr(), sums.data_ptr()
@@ -66,7 +80,7 @@ def backward(
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
     """
     samples, m, width = x.shape
-    loops = cpu.loops()
+    loops = cpu.compiled("linear_loops")
     count, length = pieces(m)
     panels = x.new_empty(samples * math.ceil(width / loops.PANEL) * count * length * loops.PANEL)
     _pack(loops.panels, x, panels, x.shape)
@@ -84,7 +98,7 @@ def backward(
 
 
 def _fields(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> np.ndarray:
-    loops = cpu.loops()
+    loops = cpu.compiled("linear_loops")
     p = np.zeros(loops.LINEAR_FIELDS, np.int64)
     p[loops.WEIGHT], p[loops.LOGITS], p[loops.SAMPLES] = weight.data_ptr(), logits.data_ptr(), x.shape[0]
     p[loops.HEIGHT], p[loops.ACROSS] = weight.shape
@@ -94,7 +108,7 @@ def _fields(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> np.ndarray
 
 
 def _run(loop: object, p: np.ndarray, x: Tensor, weight: Tensor) -> None:
-    loops = cpu.loops()
+    loops = cpu.compiled("linear_loops")
     parallel = x.shape[0] * x.shape[1] * weight.numel() >= _SMALL
     scratch = torch.empty(loops.SCRATCH_BYTES * (torch.get_num_threads() if parallel else 1), dtype=torch.uint8)
     p[loops.SCRATCH] = scratch.data_ptr()
@@ -112,13 +126,13 @@ def _packed_numbers(x: Tensor, width: int) -> int:
 
 def _packed(x: Tensor) -> Tensor:
     packed = x.new_empty(_packed_numbers(x, x.shape[2]))
-    _pack(cpu.loops().pack, x, packed, x.shape)
+    _pack(cpu.compiled("linear_loops").pack, x, packed, x.shape)
     return packed
 
 
 def _unpacked(packed: Tensor, samples: int, m: int, width: int) -> Tensor:
     y = packed.new_empty(samples, m, width)
-    _pack(cpu.loops().unpack, packed, y, y.shape)
+    _pack(cpu.compiled("linear_loops").unpack, packed, y, y.shape)
     return y
 
 

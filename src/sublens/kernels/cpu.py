@@ -1,6 +1,7 @@
 """The fused CPU path: the reference's results in one pass over memory (:mod:`sublens.kernels.loops`)."""
 
 import functools
+import importlib
 import logging
 import sys
 from typing import Any
@@ -20,20 +21,18 @@ log = logging.getLogger("sublens")
 
 
 @functools.cache
-def loops() -> Any:
-    """The compiled loops."""
+def compiled(module: str = "loops") -> Any:
+    """A module of compiled loops: ``"loops"``, ``"linear_loops"`` or ``"updates"``."""
     # Imported at first use: Numba takes a second to load, and the first time ever some ten to compile.
     log.info("sublens: loading the fused CPU kernels (the first time on a machine they are compiled, then cached)")
-    from sublens.kernels import loops as compiled
-
-    return compiled
+    return importlib.import_module(f"sublens.kernels.{module}")
 
 
 def name(p: "np.ndarray", draw: Draw) -> None:
     """Write what names a draw into the fields that a loop is given."""
-    compiled = loops()
-    p[compiled.KEY : compiled.KEY + 4] = draw.key()
-    p[compiled.COUNTER : compiled.COUNTER + 3] = (draw.sample, *draw.counter()[1:])
+    loops = compiled()
+    p[loops.KEY : loops.KEY + 4] = draw.key()
+    p[loops.COUNTER : loops.COUNTER + 3] = (draw.sample, *draw.counter()[1:])
 
 
 @functools.cache
@@ -44,9 +43,9 @@ def agrees() -> bool:
     found in a cache, or a compiler that fuses what must be rounded, would otherwise change masks without a word.
     """
     draw = Draw(seed=1, step=2, sample=3, parameter=4)
-    logits = torch.linspace(-LOGIT_BOUND, LOGIT_BOUND, 1500)
-    weight = torch.linspace(1, 2, 1500)
-    found = torch.empty(1500)
+    logits = torch.linspace(-LOGIT_BOUND, LOGIT_BOUND, 1500, dtype=torch.float32, device="cpu")
+    weight = torch.linspace(1, 2, 1500, dtype=torch.float32, device="cpu")
+    found = torch.empty_like(weight)
     walk(weight, logits, draw, masked=found)
     same = torch.equal(found, reference.masked(weight, logits, draw)) and sys.byteorder == "little"
     if not same:
@@ -110,12 +109,12 @@ def walk(
         begin: first element of the run; the run's length is that of ``masked`` or ``gradient`` over ``samples``.
         samples: number of samples K.
     """
-    compiled = loops()
+    loops = compiled()
     like = masked if masked is not None else gradient
     if like is None:
         raise ValueError("walk() has nothing to do: give masked, or gradient and result.")
     count = like.numel() // samples
-    p = np.empty(compiled.FIELDS, np.int64)
+    p = np.empty(loops.FIELDS, np.int64)
     p[:10] = (
         0,
         weight.data_ptr() + 4 * begin,
@@ -129,7 +128,7 @@ def walk(
         count,
     )
     name(p, draw)
-    threads.run(compiled.walk.address, p.ctypes.data, parallel=count * samples >= _SMALL)
+    threads.run(loops.walk.address, p.ctypes.data, parallel=count * samples >= _SMALL)
 
 
 def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
@@ -156,12 +155,12 @@ def squares(gradient: Tensor, constant: float) -> float:
     Returns:
         the sum, to some 1e-5 of it. It is the same for any number of threads.
     """
-    compiled = loops()
-    sums = np.zeros(-(-gradient.numel() // compiled.CHUNK))
-    p = np.zeros(compiled.UPDATE_FIELDS, np.int64)
-    p[compiled.SLOPES], p[compiled.SIZE], p[compiled.SUMS] = gradient.data_ptr(), gradient.numel(), sums.ctypes.data
-    p.view(np.float64)[compiled.CONSTANT] = constant
-    threads.run(compiled.squares.address, p.ctypes.data, parallel=gradient.numel() >= _SMALL)
+    updates = compiled("updates")
+    sums = np.zeros(-(-gradient.numel() // updates.CHUNK))
+    p = np.zeros(updates.UPDATE_FIELDS, np.int64)
+    p[updates.SLOPES], p[updates.SIZE], p[updates.SUMS] = gradient.data_ptr(), gradient.numel(), sums.ctypes.data
+    p.view(np.float64)[updates.CONSTANT] = constant
+    threads.run(updates.squares.address, p.ctypes.data, parallel=gradient.numel() >= _SMALL)
     return float(sums.sum())
 
 
@@ -192,13 +191,13 @@ def adam(
         constant: added to each number of the gradient.
         factor: what the sum is multiplied by.
     """
-    compiled = loops()
-    p = np.zeros(compiled.UPDATE_FIELDS, np.int64)
-    p[compiled.VALUES], p[compiled.SLOPES] = values.data_ptr(), gradient.data_ptr()
-    p[compiled.MEANS], p[compiled.MEAN_SQUARES] = mean.data_ptr(), mean_square.data_ptr()
-    p[compiled.SIZE] = values.numel()
+    updates = compiled("updates")
+    p = np.zeros(updates.UPDATE_FIELDS, np.int64)
+    p[updates.VALUES], p[updates.SLOPES] = values.data_ptr(), gradient.data_ptr()
+    p[updates.MEANS], p[updates.MEAN_SQUARES] = mean.data_ptr(), mean_square.data_ptr()
+    p[updates.SIZE] = values.numel()
     f = p.view(np.float64)
-    f[compiled.RATE], f[compiled.ROOT] = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
-    f[compiled.BETA_1], f[compiled.BETA_2], f[compiled.EPSILON] = *betas, epsilon
-    f[compiled.CONSTANT], f[compiled.FACTOR] = constant, factor
-    threads.run(compiled.adam.address, p.ctypes.data, parallel=values.numel() >= _SMALL)
+    f[updates.RATE], f[updates.ROOT] = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
+    f[updates.BETA_1], f[updates.BETA_2], f[updates.EPSILON] = *betas, epsilon
+    f[updates.CONSTANT], f[updates.FACTOR] = constant, factor
+    threads.run(updates.adam.address, p.ctypes.data, parallel=values.numel() >= _SMALL)
