@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import sublens as sl
 
+# TopK is not here: which elements rank highest depends on data, which the meta device has none of.
 GATES = [
     sl.GumbelSigmoid(), sl.GumbelSigmoid(tau=0.7), sl.HardConcrete(), sl.Bernoulli(), sl.Threshold(),
-    sl.ContinuousSparsification(steps=10), sl.TopK(0.5),
+    sl.ContinuousSparsification(steps=10),
 ]  # fmt: skip
 
 
@@ -50,9 +51,7 @@ def test_a_step_of_training_makes_no_tensor_on_another_device(gate: sl.Gate) -> 
     samples = 4 if isinstance(gate, sl.GumbelSigmoid | sl.HardConcrete | sl.Bernoulli) else 1
     masked = sl.MaskedNetwork(several(), gate=gate, samples=samples, biases=True).to("meta")
     optimizer = torch.optim.Adam(masked.parameters())
-    loss = masked(inputs(device="meta")).square().mean()
-    if not isinstance(gate, sl.TopK):  # it refuses a penalty
-        loss = loss + masked.penalty(1e-3, kind="expected")
+    loss = masked(inputs(device="meta")).square().mean() + masked.penalty(1e-3, kind="expected")
     loss.backward()
     optimizer.step()
     assert loss.device.type == "meta"
