@@ -20,6 +20,7 @@ from sublens.errors import FileError, MismatchError, NonFiniteError, SettingErro
 from sublens.inspection import default_folder, inspect, inspecting
 from sublens.inspection import network as network_module
 from sublens.mask import Mask
+from sublens.masked_network import MaskedNetwork
 from sublens.questions import BINS, stability_of
 from sublens.storage import load_weights
 from sublens.study import Asked, Study, Task, seed_from
@@ -250,9 +251,42 @@ def test_stability_varies_one_seed_at_a_time(tmp_path: Path) -> None:
 def test_masks_take_layers_over_from_the_control(tmp_path: Path) -> None:
     run(tmp_path / "run", make_study(mask_steps=40, network_steps=2, from_control=["3.weight"]))
     masks = {path.stem: Mask.load(path) for path in (tmp_path / "run" / "masks").iterdir()}
-    for name in ("low", "high", "low-repeat"):
+    others = ("low", "high", "low-repeat")
+    for name in others:
         assert torch.equal(masks[name]["3.weight"], masks["both"]["3.weight"])
-        assert not torch.equal(masks[name]["0.weight"], masks["both"]["0.weight"])
+        assert masks[name].network == masks["both"].network
+    assert not all(torch.equal(masks[name]["0.weight"], masks["both"]["0.weight"]) for name in others)
+
+
+def test_layers_of_the_control_are_in_place_while_the_others_are_trained(tmp_path: Path) -> None:
+    seen: list[tuple[set[str], Tensor]] = []
+
+    def watched(name: str, outputs: list[int]) -> Task:
+        plain = task(name, outputs)
+
+        def loss(net: nn.Module, x: Tensor) -> Tensor:
+            if isinstance(net, MaskedNetwork):
+                seen.append((set(net.logits), net.network.get_parameter("3.weight").detach().clone()))
+            return plain.loss(net, x)
+
+        return dataclasses.replace(plain, loss=loss)
+
+    study = make_study(
+        tasks=[watched("low", [0, 1])],
+        control=watched("both", [0, 1, 2, 3]),
+        repeated=(),
+        mask_steps=40,
+        network_steps=2,
+        where=["0", "3.weight"],
+        from_control=["3"],
+    )
+    run(tmp_path / "run", study)
+    control = Mask.load(tmp_path / "run" / "masks" / "both.safetensors")["3.weight"]
+    assert 0 < control.float().mean() < 1
+    of_control, of_task = seen[0], seen[-1]
+    assert of_control[0] == {"0.weight", "3.weight"}
+    assert of_task[0] == {"0.weight"}
+    assert torch.equal(of_task[1], torch.where(control, of_control[1], 0.0))
 
 
 def test_a_network_is_prepared_once_before_its_masks_are_trained(tmp_path: Path) -> None:
