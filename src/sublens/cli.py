@@ -78,6 +78,14 @@ def _inspect(
         str | None,
         typer.Option(help="Widths of the hidden layers, such as 400,400,200.", show_default="the study's"),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other setting: keep=0.9, or one of the study's own, folder=images. Give it again for each.",
+        ),
+    ] = None,
     network: Annotated[
         Path | None,
         typer.Option(
@@ -89,7 +97,15 @@ def _inspect(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in its folder.")] = False,
 ) -> None:
     """Train a study's network and its masks, analyse them, and write a run folder with a report."""
-    chosen = studies.load(study, preset=preset, widths=_whole_numbers(widths))
+    asked = {"preset": preset, "widths": _whole_numbers(widths)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    for name, value in map(_setting, settings or ()):
+        if name in asked or name in ("seed", "steps", "samples", "alpha", "groups", "network", "out"):
+            raise typer.BadParameter(
+                f"--set {name}=...: {name} is set once, and by its own option --{name} if it has one."
+            )
+        asked[name] = _plain(value)
+    chosen = studies.configured(study, asked)
     from sublens.inspection import default_folder, inspect
 
     folder = default_folder(chosen, seed) if out is None else out
@@ -118,6 +134,7 @@ def _inspect(
             "--network": network,
         }
         given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+        given += [text for setting in settings or () for text in ("--set", setting)]
         command = shlex.join(["sublens", "inspect", study, *given, "--resume"])
         typer.echo(f"\nInterrupted. The run in {folder} can be resumed: {command}", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -179,8 +196,8 @@ def _sweep(
     if widths:
         swept["widths"] = [_whole_numbers(text) for text in widths]
     for text in settings or ():
-        name, equals, values = text.partition("=")
-        if not equals or not name or name in swept or name == "seed":
+        name, values = _setting(text)
+        if name in swept or name == "seed":
             raise typer.BadParameter(
                 f"--set {text!r} must be NAME=VALUE,VALUE with a name that is not given already; seeds go to --seeds."
             )
@@ -309,6 +326,13 @@ def _list(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     except ValueError:
         what = {int: "whole numbers", float: "numbers"}.get(kind, "values")  # type: ignore[call-overload]
         raise typer.BadParameter(f"{option} {text!r} must be {what} with commas between.") from None
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"--set {text!r} must be NAME=VALUE.")
+    return name, value
 
 
 def _plain(text: str) -> Any:
