@@ -58,6 +58,10 @@ def test_commands_and_options_are_these():
     }
     assert surface == {
         "compare": ["--out", "runs"],
+        "duel": [
+            "--gates", "--kept", "--network", "--out", "--preset", "--samples", "--seeds", "--steps", "--tasks",
+            "--widths", "study",
+        ],
         "inspect": [
             "--alpha", "--groups", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--set",
             "--steps", "--widths", "study",
@@ -140,6 +144,7 @@ def test_a_run_is_made_shown_and_its_weights_used_again(study, capsys):
     assert cli.run(["inspect", study, "--out", "one", "--seed", "3"]) == 0
     made = capsys.readouterr().out
     assert "left mask" in made
+    assert "P_specialize (different functions use different weights): undecided." in made
     assert Path("one/report.html").is_file()
     assert cli.run(["show", "one"]) == 0
     assert capsys.readouterr().out == made
