@@ -155,7 +155,8 @@ def _parts(study: Study) -> dict[str, Task]:
 def config_of(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     """Return everything a run depends on that can be written down."""
     plain = (
-        "network_steps", "network_lr", "network_clip", "network_optimizer", "network_decay", "network_milestones",
+        "network_steps", "network_lr", "network_clip", "network_optimizer", "network_decay", "network_betas",
+        "network_warmup", "network_milestones",
         "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
         "penalty", "keep", "samples", "biases", "batch_dim", "evaluate_every", "first_half", "repeated", "random_masks",
         "functions", "compared", "from_control",
