@@ -58,6 +58,10 @@ def test_commands_and_options_are_these():
     }
     assert surface == {
         "compare": ["--out", "runs"],
+        "duel": [
+            "--gates", "--kept", "--network", "--out", "--preset", "--samples", "--seeds", "--steps", "--tasks",
+            "--widths", "study",
+        ],
         "inspect": [
             "--alpha", "--groups", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--set",
             "--steps", "--widths", "study",

@@ -145,8 +145,11 @@ class Study:
         preset: name of the preset the study was built from, if any. It is part of the default run folder's name.
         settings: what the study was built from (JSON values), recorded in the run.
         network_steps: training steps of the network, with gradient norm clipped to ``network_clip``.
+        network_task: what the network is trained on, where that is not the control: its name is not a mask's.
         network_optimizer: ``"adam"``, or ``"sgd"`` with a momentum of 0.9; with ``network_lr``.
         network_decay: weight decay of the network's optimizer.
+        network_betas: decay rates of Adam's averages of the gradient and of its square, each in 0..1, 1 excluded.
+        network_warmup: steps in which the learning rate rises evenly to ``network_lr``.
         network_milestones: steps from which on the learning rate is a tenth of what it was.
         mask_steps: training steps of each mask: Adam with ``mask_lr``, gradient norm clipped to ``mask_clip``.
         alpha: weight of the penalty, before the division by ``batch_size``.
@@ -195,8 +198,11 @@ class Study:
     network_steps: int = 20_000
     network_lr: float = 1e-3
     network_clip: float = 1.0
+    network_task: Task | None = None
     network_optimizer: str = "adam"
     network_decay: float = 0.0
+    network_betas: tuple[float, float] = (0.9, 0.999)
+    network_warmup: int = 0
     network_milestones: Sequence[int] = ()
     mask_steps: int = 20_000
     mask_lr: float = 1e-2
@@ -273,6 +279,14 @@ class Study:
             raise StudyError(
                 f"Study {self.name!r}: network_optimizer={self.network_optimizer!r} must be 'adam' or 'sgd'."
             )
+        if self.network_task is not None and not isinstance(self.network_task, Task):
+            raise StudyError(f"Study {self.name!r}: network_task must be a Task, not {_kind(self.network_task)}.")
+        betas = tuple(self.network_betas)
+        object.__setattr__(self, "network_betas", betas)
+        if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+            raise StudyError(
+                f"Study {self.name!r}: network_betas={betas!r} must be two numbers from 0 to 1, 1 excluded."
+            )
         object.__setattr__(self, "network_milestones", tuple(self.network_milestones))
         if not all(isinstance(step, int) and step >= 0 for step in self.network_milestones):
             raise StudyError(f"Study {self.name!r}: network_milestones={self.network_milestones!r} must be steps.")
@@ -336,6 +350,7 @@ _RANGES: tuple[tuple[str, Any, float, bool], ...] = (
     ("network_lr", (int, float), 0, True),
     ("network_clip", (int, float), 0, True),
     ("network_decay", (int, float), 0, False),
+    ("network_warmup", int, 0, False),
     ("mask_steps", int, 1, False),
     ("mask_lr", (int, float), 0, True),
     ("mask_clip", (int, float), 0, True),

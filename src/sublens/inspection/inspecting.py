@@ -143,7 +143,7 @@ def _asked(
             " Leave the network out."
         )
     check_groups(study.groups)
-    return study, _config(study, seed, None if weights is None else hash_of(weights))
+    return study, config_of(study, seed, None if weights is None else hash_of(weights))
 
 
 def _parts(study: Study) -> dict[str, Task]:
@@ -152,10 +152,11 @@ def _parts(study: Study) -> dict[str, Task]:
     return {**tasks, **{repeat_of(name): tasks[name] for name in study.repeated}}
 
 
-def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
+def config_of(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     """Return everything a run depends on that can be written down."""
     plain = (
-        "network_steps", "network_lr", "network_clip", "network_optimizer", "network_decay", "network_milestones",
+        "network_steps", "network_lr", "network_clip", "network_optimizer", "network_decay", "network_betas",
+        "network_warmup", "network_milestones",
         "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
         "penalty", "keep", "samples", "biases", "batch_dim", "evaluate_every", "first_half", "repeated", "random_masks",
         "functions", "compared", "from_control",
@@ -189,14 +190,15 @@ def _trained(
     """Train every part of the run, or load what is finished: each mask by its name, and the network it belongs to."""
     if study.together is not None:
         return train_together(study, study.together, seed, folder, progress)
-    net = _network(study, seed, folder, weights, progress)
+    net = network_of(study, seed, folder, weights, progress)
     masks: dict[str, Mask] = {}
     for name, task in _parts(study).items():
         masks[name] = _mask(study, task, name, net, masks.get(study.control.name), seed, folder, progress)
     return dict.fromkeys(masks, net), masks
 
 
-def _network(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
+def network_of(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
+    """Return the study's network: from the folder, from a file of weights, or trained; in the folder afterwards."""
     if folder.network.exists():
         return load_network(study, seed, folder.network)
     if weights is not None:

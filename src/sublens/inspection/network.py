@@ -100,7 +100,7 @@ def train_network(study: Study, seed: int, folder: Path, progress: bool | str) -
     parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
     job = WeightTraining(
         study=study,
-        task=study.control,
+        task=study.network_task or study.control,
         seed=seed_from(seed, "network"),
         module=network,
         parameters=parameters,
@@ -110,7 +110,7 @@ def train_network(study: Study, seed: int, folder: Path, progress: bool | str) -
         clip=study.network_clip,
         settings={"seed": seed, "network": fingerprint(network)},
         # A pure function of the step: nothing of it needs a place in the checkpoint.
-        rate=lambda step: study.network_lr * 0.1 ** sum(step >= milestone for milestone in study.network_milestones),
+        rate=lambda step: _rate(study, step),
     )
     history, seconds = job.run(folder, progress)
     return network, history, seconds
@@ -287,12 +287,19 @@ class _Training:
 def _optimizer(study: Study, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if study.network_optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=study.network_lr, momentum=0.9, weight_decay=study.network_decay)
-    return adam(parameters, study.network_lr, study.network_decay)
+    return adam(parameters, study.network_lr, study.network_decay, study.network_betas)
 
 
-def adam(parameters: list[nn.Parameter], lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+def _rate(study: Study, step: int) -> float:
+    warm = min(1.0, (step + 1) / study.network_warmup) if study.network_warmup else 1.0
+    return float(study.network_lr * warm * 0.1 ** sum(step >= milestone for milestone in study.network_milestones))
+
+
+def adam(
+    parameters: list[nn.Parameter], lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Optimizer:
     """Return Adam over ``parameters``, in one pass over the weights where the device has it, the CPU included."""
     try:
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
     except RuntimeError:
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, betas=betas)

@@ -47,6 +47,11 @@ _BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "Commands and actions (SCAN) in LSTMs: does a mask trained without some combinations still know them?",
         ),
         "scan-transformer": ("sublens.studies.scan", "transformer", "The same in a Transformer."),
+        "mathematics": (
+            "sublens.studies.mathematics",
+            "study",
+            "School mathematics in a Transformer: does the mask of the easy questions answer the hard ones?",
+        ),
         "class-removal": (
             "sublens.studies.class_removal",
             "study",
