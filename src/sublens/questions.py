@@ -394,7 +394,8 @@ def _minimality(asked: Asked, found: Found) -> Answer | None:
         title="Does a mask keep more than it needs?",
         sentence="Accuracy on its own task is "
         f"{_told(first, '{1} under the {0} mask', '{} under each mask')}; without a random"
-        f" {100 * _FRACTIONS[0]:g}\u00a0% of what the mask keeps in each layer it is {_told(second, '{1} for {0}', '{}')}.",
+        f" {100 * _FRACTIONS[0]:g}\u00a0% of what the mask keeps in each layer it is"
+        f" {_told(second, '{1} for {0}', '{}')}.",
         figures=[
             Lines(
                 title=f"Minimality: accuracy on the mask's own task (the control's: mean of all), mean and range of"
