@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,11 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 import sublens as sl
 from sublens.errors import SelectionError, SettingError
 from sublens.groups.grouping import Blocks, GroupedGate, Labels
 from sublens.noise import Draw, parameter_id, uniform
+
+if TYPE_CHECKING:
+    from conftest import Case
 
 # The gates' own equations, in float64, stand beside the gates' own tests.
 _spec = importlib.util.spec_from_file_location("gate_kinds", Path(__file__).with_name("test_gate_kinds.py"))
@@ -479,6 +483,67 @@ def test_a_grouped_gate_reads_no_more_noise_than_groups(monkeypatch: pytest.Monk
     grouped_gate = GroupedGate(gate, Blocks("w", (8, 6), (8, 6), (1, 6)))
     grouped_gate.masked(normal(8, 6), torch.zeros(8, 1), Draw(0, 0, 0, 0))
     assert asked == [8]
+
+
+# --- without a pass over the weight
+
+
+@pytest.mark.parametrize("kind", ["row", "column", (2, None), (None, 3)])
+def test_layers_that_take_the_numbers_instead_of_masked_weights(case: "Case", kind: Any) -> None:
+    # In every network of the table, beside the same call with every weight masked.
+    network, settings = case.made(), {key: value for key, value in case.settings.items() if key != "biases"}
+    args, kwargs = case.inputs(6)
+    found = []
+    for factored in (True, False):
+        masked = sl.MaskedNetwork(network, groups=kind, samples=3, keep=0.6, **settings)
+        if not factored:
+            masked._factors = {}
+        outputs = [leaf for leaf in tree_leaves(masked(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        loss = sum((out.float() * normal(*out.shape, seed=i)).sum() for i, out in enumerate(outputs))
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        found.append(([out.detach() for out in outputs], [logits.grad for logits in masked.logits.values()]))
+    rough = case.dtype == torch.bfloat16
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=5e-2 if rough else 1e-4, atol=5e-2 if rough else 1e-5)
+    if not rough:
+        for one, other in zip(found[0][1], found[1][1], strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_and_columns_of_plain_layers_are_not_masked_weights() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(36, 3))
+    for kind, there in (
+        ("row", True),
+        ("column", True),
+        ("layer", True),
+        ("kernel", False),
+        ("1x2", False),
+        ("weight", False),
+    ):
+        masked = sl.MaskedNetwork(network, groups=kind, samples=2)
+        assert (set(masked._factors) == {"0.weight", "2.weight"}) == there, kind
+    masked = sl.MaskedNetwork(network, groups="row", samples=2)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        masked(normal(4, 2, 5, 5)).sum().backward()
+    mine = {network[0].weight.data_ptr(), network[2].weight.data_ptr()}
+    assert all(t.data_ptr() in mine for t in kept if t.shape in (network[0].weight.shape, network[2].weight.shape))
+    attention = sl.MaskedNetwork(Attention(), groups="column")
+    assert not attention._factors
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3))
+    tied[1].weight = tied[0].weight
+    assert not sl.MaskedNetwork(tied, groups="row", where="0.weight")._factors
+
+
+def test_autocast_gives_the_dtypes_of_the_plain_network() -> None:
+    network, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), normal(4, 6)
+    for kind in ("row", "column"):
+        masked = sl.MaskedNetwork(network, groups=kind, samples=2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert masked(x).dtype == network(x).dtype == torch.bfloat16
 
 
 # --- the whole way: fit, checkpoints, files, diagnosis

@@ -1,5 +1,6 @@
 """``MaskedNetwork``: a frozen network, a selection and a gate make a module to call and to train."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -15,7 +16,7 @@ from torch.func import functional_call
 from sublens import linear_route, recomputation
 from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid, Penalty
-from sublens.groups import GroupedGate, Grouping, Groups, group
+from sublens.groups import FactoredWeight, GroupedGate, Grouping, Groups, factors, group
 from sublens.kernels import LOGIT_BOUND
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
@@ -62,6 +63,9 @@ class MaskedNetwork(nn.Module):
     Attributes:
         network: the network.
         step: number of training calls so far; names the noise of the next one. Not in ``state_dict()``.
+        first_sample: number of the first of the K samples within a step, 0. Processes that train one mask together
+            (:func:`sublens.fit` with ``processes``, or ``DistributedDataParallel`` around this module) each take other
+            samples of the same step: the process of rank r begins at r K.
 
     Raises:
         SettingError: ``keep``, ``samples`` or ``groups`` is impossible.
@@ -94,10 +98,12 @@ class MaskedNetwork(nn.Module):
         self.gate = gate if gate is not None else GumbelSigmoid()
         self.batch_dim = batch_dim
         self.step = 0
+        self.first_sample = 0
         self._ids = {name: parameter_id(grouping.owner) for name, grouping in self._groupings.items()}
         self._aliases = tied_names(network)
         self._fingerprint = fingerprint(network)
         self._axes: dict[Hashable, Axes] = {}
+        self._factors = factors(network, self._groupings)
         self._seen_a_gradient = False
         self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
         self.logits_tree = nn.Module()
@@ -263,7 +269,9 @@ class MaskedNetwork(nn.Module):
             return None
 
         def put(name: str, weight: Tensor) -> Tensor:
-            return linear_route.GatedWeight(logits[name], weight, Draw(self.seed, step, 0, self._ids[name]))
+            return linear_route.GatedWeight(
+                logits[name], weight, Draw(self.seed, step, self.first_sample, self._ids[name])
+            )
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return self._call(put, args, kwargs)
@@ -283,11 +291,21 @@ class MaskedNetwork(nn.Module):
         gates = self.gate.across(logits)
 
         def put(name: str, weight: Tensor) -> Tensor:
-            draw = Draw(self.seed, step, sample, self._ids[name])
+            draw = Draw(self.seed, step, self.first_sample + sample, self._ids[name])
             grouping = self._groupings[name]
             gate = gates[grouping.owner] if grouping.fine else GroupedGate(gates[grouping.owner], grouping)
-            gated: Tensor = _Gated.apply(logits[grouping.owner], weight, gate, draw)
-            return gated
+
+            def whole() -> Tensor:
+                gated: Tensor = _Gated.apply(logits[grouping.owner], weight, gate, draw)
+                return gated
+
+            if name not in self._factors:
+                return whole()
+            vector, of_outputs = self._factors[name]
+            of_each = GroupedGate(gates[grouping.owner], vector)
+            ones = torch.ones(vector.shape, device=weight.device)
+            numbers = _Gated.apply(logits[grouping.owner], ones, of_each, draw)
+            return FactoredWeight(weight, numbers, of_outputs, functools.cache(whole))
 
         return put
 

@@ -103,6 +103,7 @@ class Blocks(Grouping):
         view: the shape in which the parameter is cut, with as many elements.
         block: elements of a block along each dimension of ``view``, from 1 to its size.
         outputs: the dimensions of ``view`` that count the module's outputs, as its bias does; empty if unknown.
+        inputs: those that count its inputs; empty if unknown.
     """
 
     owner: str
@@ -110,6 +111,7 @@ class Blocks(Grouping):
     view: tuple[int, ...]
     block: tuple[int, ...]
     outputs: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -183,14 +185,17 @@ class Blocks(Grouping):
         """The fields that say which elements belong together."""
         return {"owner": self.owner, "view": list(self.view), "block": list(self.block)}
 
-    def of_bias(self, size: int) -> "Blocks | None":
-        """The same groups for a bias with one element per output, or ``None`` if an output lies in several groups."""
-        view = tuple(self.view[d] for d in self.outputs)
-        others = [d for d in range(len(self.view)) if d not in self.outputs]
-        if math.prod(view) != size or not view or any(self.block[d] < self.view[d] for d in others):
+    def along(self, dims: tuple[int, ...]) -> "Blocks | None":
+        """The same groups for a vector with one element for each index of some dimensions of ``view``.
+
+        A bias is such a vector along the outputs. ``None`` if an index lies in several groups, or ``dims`` is empty.
+        """
+        others = [d for d in range(len(self.view)) if d not in dims]
+        if not dims or any(self.block[d] < self.view[d] for d in others):
             return None
-        # One dimension more than the bias has: it is never fine, for the logits have the owner's shape.
-        return Blocks(self.owner, (size,), (*view, 1), (*(self.block[d] for d in self.outputs), 1))
+        view = tuple(self.view[d] for d in dims)
+        # One dimension more than the vector has: it is never fine, for the logits have the owner's shape.
+        return Blocks(self.owner, (math.prod(view),), (*view, 1), (*(self.block[d] for d in dims), 1))
 
 
 @dataclass(frozen=True, eq=False)
