@@ -60,7 +60,7 @@ def one_step(masked: nn.Module, rank: int, ranks: int) -> None:
 
 def main() -> None:
     folder, scenarios = Path(sys.argv[1]), sys.argv[2:]
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
     def keep(name: str, run: sl.Run) -> None:
