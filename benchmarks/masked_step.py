@@ -1,10 +1,13 @@
 """What one step of mask training costs, in plain training steps of the same network.
 
-    python benchmarks/masked_step.py [--widths 400,400,200 800,800,800,800 ...] [--json FILE]
+    python benchmarks/masked_step.py [--networks 400,400,200 2000,2000,2000,2000 lstm conv transformer] [--json FILE]
 
-Checks equality first (the fused path against the reference path, samples and gradients), then times, in turns within
-one process, a plain training step and masked steps with 1, 4 and 8 samples, and the textbook rival; prints the median
-of the ratios taken pair by pair. Peak memory is read in a process of its own for each kind of step.
+A network is the widths of a feed-forward one's hidden layers, or one of lstm, conv, transformer and large (a
+Transformer of 101 M masked weights). The benchmark checks equality first (the fused path against the reference path,
+outputs and gradients), then times, in turns within one process, a plain training step and masked steps, and prints the
+median of the ratios taken pair by pair. "fit" is the step that ``sublens.fit`` makes, with 1, 4 and 8 samples; "loop"
+the same in a loop of one's own with ``torch.optim.Adam``; "textbook" the straightforward implementation (feed-forward
+networks only). Peak memory is read in a process of its own for each kind of step.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -26,48 +30,133 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sublens as sl
+from sublens.fit.optimizers import Adam
+from sublens.fit.training import update
 
 BATCH, INPUTS, OUTPUTS, ALPHA = 128, 42, 20, 1e-4 / 128
-WIDTHS = ("400,400,200", "800,800,800,800", "2000,2000,2000,2000", "4000,4000,4000,4000")
-KINDS = ("sublens 1", "sublens 4", "sublens 8", "rival 4")
+NETWORKS = (
+    "400,400,200",
+    "800,800,800,800",
+    "2000,2000,2000,2000",
+    "4000,4000,4000,4000",
+    "lstm",
+    "conv",
+    "transformer",
+)
+KINDS = ("fit 1", "fit 4", "fit 8", "loop 4", "textbook 4")
+MEMORY = ("fit 1", "fit 4", "fit 8")
 Step = Callable[[], float]
 
 
-def network(widths: list[int]) -> nn.Sequential:
-    """A feed-forward ReLU network of the add-mul study."""
+class Recurrent(nn.Module):
+    """The LSTM of the add-mul study."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(INPUTS, 256, 2, batch_first=True)
+        self.output = nn.Linear(256, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in) to (B, out): shown for three steps, answered at the last."""
+        return self.output(self.lstm(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
+
+
+class Encoder(nn.Module):
+    """A Transformer encoder over sequences of vectors."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.output = nn.Linear(width, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, tokens, width) to (B, out)."""
+        return self.output(self.encoder(x).mean(1))
+
+
+def convolutional() -> nn.Module:
+    """The convolutional network of the paper's image studies, on 32 x 32 images."""
+    layers: list[nn.Module] = []
+    for a, b in pairwise((3, 32, 64, 128, 256)):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256 * 4, OUTPUTS))
+
+
+def network(name: str) -> nn.Module:
+    """A network of its name, in evaluation mode."""
     torch.manual_seed(0)
-    sizes = [INPUTS, *widths, OUTPUTS]
+    if name == "lstm":
+        return Recurrent().eval()
+    if name == "conv":
+        return convolutional().eval()
+    if name == "transformer":
+        return Encoder(256, 2).eval()
+    if name == "large":
+        return Encoder(1024, 8).eval()
+    sizes = [INPUTS, *(int(width) for width in name.split(",")), OUTPUTS]
     layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """One batch of that study's shapes."""
+def batch(name: str) -> tuple[Tensor, Tensor]:
+    """One batch for that network."""
     generator = torch.Generator().manual_seed(1)
-    x = (torch.rand(BATCH, INPUTS, generator=generator) < 0.12).float()
-    return x, torch.randint(0, 10, (BATCH * 2,), generator=generator)
+    shape = {"conv": (BATCH, 3, 32, 32), "transformer": (BATCH, 16, 256), "large": (16, 16, 1024)}.get(name)
+    x = (
+        torch.randn(*shape, generator=generator)
+        if shape is not None
+        else (torch.rand(BATCH, INPUTS, generator=generator) < 0.12).float()
+    )
+    return x, torch.randint(0, 10, (len(x) * 2,), generator=generator)
 
 
-def stepper(kind: str, widths: list[int]) -> Step:
+@dataclass(frozen=True)
+class Settings:
+    """What an update of ``fit`` asks its settings for."""
+
+    penalty: str = "logits"
+    clip: float = 1.0
+
+
+def stepper(kind: str, name: str) -> Step:
     """A function that does one step of a kind (``"plain"`` or one of KINDS) and returns the loss."""
-    net, (x, y) = network(widths), batch()
-    penalty: Callable[[float], Tensor] | None = None
-    module: nn.Module = net
-    if kind.startswith("sublens"):
-        masked = sl.MaskedNetwork(net, samples=int(kind.split()[1]))
-        module, penalty = masked, masked.penalty
-    elif kind.startswith("rival"):
-        linear = [layer for layer in net if isinstance(layer, nn.Linear)]
-        rival = TextbookMasks(linear, int(kind.split()[1]), 2.197)
-        module, penalty = rival, rival.penalty
+    net, (x, y) = network(name), batch(name)
+    what, _, samples = kind.partition(" ")
+
+    def loss_of(module: nn.Module) -> Tensor:
+        return functional.cross_entropy(module(x).view(-1, 10), y)
+
+    if what == "fit":
+        masked = sl.MaskedNetwork(net, samples=int(samples))
+        own = Adam(list(masked.parameters()), lr=1e-2)
+
+        def fit_step() -> float:
+            own.zero_grad()
+            loss = loss_of(masked)
+            value = loss.item()
+            loss.backward()
+            update(masked, own, Settings(), ALPHA)  # type: ignore[arg-type]
+            return value
+
+        return fit_step
+
+    module, penalty = net, None
+    if what == "loop":
+        module = sl.MaskedNetwork(net, samples=int(samples))
+        penalty = module.penalty
+    elif what == "textbook":
+        linear = [layer for layer in net.children() if isinstance(layer, nn.Linear)]
+        module = TextbookMasks(linear, int(samples), 2.197)
+        penalty = module.penalty
     parameters = list(module.parameters())
     optimizer = torch.optim.Adam(parameters, lr=1e-3 if penalty is None else 1e-2, fused=True)
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = functional.cross_entropy(module(x).view(-1, 10), y)
+        loss = loss_of(module)
         if penalty is not None:
             loss = loss + penalty(ALPHA)
         loss.backward()
@@ -78,13 +167,13 @@ def stepper(kind: str, widths: list[int]) -> Step:
     return step
 
 
-def check_equality(widths: list[int]) -> None:
-    """Raise unless the fused path gives the reference path's outputs and gradients for 4 samples."""
-    x, y = batch()
+def check_equality(name: str) -> None:
+    """Raise unless the fused path gives the reference path's loss and gradients for 4 samples."""
+    x, y = batch(name)
     found = []
     for path in ("auto", "reference"):
         os.environ["SUBLENS_KERNELS"] = path
-        masked = sl.MaskedNetwork(network(widths))
+        masked = sl.MaskedNetwork(network(name))
         loss = functional.cross_entropy(masked(x).view(-1, 10), y)
         loss.backward()
         found.append((loss.item(), {name: logits.grad for name, logits in masked.logits.items()}))
@@ -92,9 +181,9 @@ def check_equality(widths: list[int]) -> None:
     (loss_a, a), (loss_b, b) = found
     # The same samples, but sums in another order: some 2,000 float32 roundings of random sign.
     torch.testing.assert_close(loss_a, loss_b, rtol=1e-5, atol=0)
-    for name in a:
-        scale = float(b[name].abs().max())
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5 * scale)
+    for parameter in a:
+        scale = float(b[parameter].abs().max())
+        torch.testing.assert_close(a[parameter], b[parameter], rtol=1e-4, atol=1e-5 * scale)
 
 
 def seconds(step: Step) -> float:
@@ -104,12 +193,17 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def times(widths: list[int], budget: float) -> dict[str, float]:
+def kinds_for(name: str) -> list[str]:
+    """The kinds of step that this network can make."""
+    return [kind for kind in KINDS if "," in name or not kind.startswith("textbook")]
+
+
+def times(name: str, budget: float) -> dict[str, float]:
     """Median seconds of a plain step under ``"plain"``, and median ratio to the plain step beside it for each kind."""
-    plain, found = stepper("plain", widths), {}
+    plain, found = stepper("plain", name), {}
     taken: list[float] = []
-    for kind in KINDS:
-        step = stepper(kind, widths)
+    for kind in kinds_for(name):
+        step = stepper(kind, name)
         seconds(plain), seconds(step)
         first = seconds(plain) + seconds(step)
         ratios = []
@@ -121,18 +215,18 @@ def times(widths: list[int], budget: float) -> dict[str, float]:
     return {"plain": statistics.median(taken), **found}
 
 
-def peak_bytes(kind: str, widths: str) -> int:
+def peak_bytes(kind: str, name: str) -> int:
     """Peak memory of three steps beyond a process that has only imported everything."""
-    command = [sys.executable, __file__, "--peak", kind, "--widths", widths]
+    command = [sys.executable, __file__, "--peak", kind, "--networks", name]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(out.split()[-1])
 
 
-def print_peak(kind: str, widths: list[int]) -> None:
+def print_peak(kind: str, name: str) -> None:
     """Print the bytes that :func:`peak_bytes` reads."""
-    stepper("sublens 1", [8])()  # loads and compiles all code
+    stepper("fit 1", "8")()  # loads and compiles all code
     before = high_water()
-    step = stepper(kind, widths)
+    step = stepper(kind, name)
     for _ in range(3):
         step()
     print(high_water() - before)
@@ -148,30 +242,26 @@ def high_water() -> int:
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--widths", nargs="+", default=list(WIDTHS), help="hidden layers, as 400,400,200")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="widths as 400,400,200, or a name")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each pair of steps that is timed")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        print_peak(args.peak, [int(w) for w in args.widths[0].split(",")])
+        print_peak(args.peak, args.networks[0])
         return
     rows = {}
-    print(
-        f"{'widths':22} {'plain ms':>9} " + " ".join(f"{kind:>10}" for kind in KINDS) + "   peak memory: 4 samples, 8"
-    )
-    for text in args.widths:
-        widths = [int(w) for w in text.split(",")]
-        check_equality(widths)
-        row = times(widths, args.budget)
-        plain = max(peak_bytes("plain", text), 1)
-        memory = {kind: peak_bytes(kind, text) / plain for kind in ("sublens 4", "sublens 8")}
-        rows[text] = {"ratio": row, "memory": memory}
-        shown = " ".join(f"{row[kind]:10.2f}" for kind in KINDS)
-        print(
-            f"{text:22} {row['plain'] * 1e3:9.2f} {shown}   {memory['sublens 4']:.2f}, {memory['sublens 8']:.2f}",
-            flush=True,
-        )
+    columns = " ".join(f"{kind:>10}" for kind in KINDS)
+    print(f"{'network':22} {'plain ms':>9} {columns}   peak memory: {', '.join(MEMORY)}")
+    for name in args.networks:
+        check_equality(name)
+        row = times(name, args.budget)
+        plain = max(peak_bytes("plain", name), 1)
+        memory = {kind: peak_bytes(kind, name) / plain for kind in MEMORY}
+        rows[name] = {"ratio": row, "memory": memory, "plain peak bytes": plain}
+        shown = " ".join(f"{row[kind]:10.2f}" if kind in row else f"{'':>10}" for kind in KINDS)
+        peaks = ", ".join(f"{value:.2f}" for value in memory.values())
+        print(f"{name:22} {row['plain'] * 1e3:9.2f} {shown}   {peaks}", flush=True)
     if args.json:
         about = {"date": str(date.today()), "torch": torch.__version__, "processor": platform.processor()}
         args.json.write_text(json.dumps({**about, "threads": torch.get_num_threads(), "rows": rows}, indent=2) + "\n")

@@ -59,7 +59,8 @@ def test_commands_and_options_are_these():
     assert surface == {
         "compare": ["--out", "runs"],
         "inspect": [
-            "--alpha", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--steps", "--widths",
+            "--alpha", "--groups", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--steps",
+            "--widths",
             "study",
         ],
         "studies": [],

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sublens as sl
 from sublens.fit import Settled
+from sublens.fit.optimizers import Adam
 from sublens.fit.progress import Display
 from sublens.fit.training import uninterrupted
 from sublens.storage import load_tensors
@@ -81,9 +82,51 @@ def test_is_the_hand_written_loop(network: nn.Module, penalty: str, clip: float 
     assert run.mask == masked.mask()
 
 
-def test_default_optimizer_is_adam(network: nn.Module) -> None:
-    fused = run_of(network, optimizer=lambda logits: torch.optim.Adam(logits, lr=1e-2, fused=True))
-    assert_same_logits(run_of(network), fused)
+@pytest.mark.parametrize("penalty", ["logits", "expected"])
+@pytest.mark.parametrize("clip", [None, 0.01, 1e6])
+@pytest.mark.parametrize("alpha", [0.0, 1e-3])
+def test_default_optimizer_is_adam(network: nn.Module, alpha: float, clip: float | None, penalty: str) -> None:
+    settings = {"alpha": alpha, "clip": clip, "penalty": penalty}
+    run = run_of(network, **settings)
+    plain = run_of(network, optimizer=lambda logits: torch.optim.Adam(logits, lr=1e-2, fused=True), **settings)
+    for name, logits in run.logits.items():
+        # Steps of at most 1e-2, twelve of them. A gradient near 0 is a quotient of two small numbers in Adam, so a
+        # rounding can change a step by more than itself; a wrong constant, clip or bias correction changes all steps.
+        torch.testing.assert_close(logits, plain.logits[name], rtol=0, atol=2e-5)
+    for one, other in zip(run.history, plain.history, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-7)
+
+
+def test_default_optimizer_goes_on_from_the_state_of_adam_and_back(network: nn.Module) -> None:
+    logits, other = (nn.Parameter(torch.linspace(-2, 2, 40_000)) for _ in range(2))
+    gradients = [torch.sin(torch.arange(40_000) * (step + 1.0)) for step in range(6)]
+    own, torchs = Adam([logits], lr=1e-2), torch.optim.Adam([other], lr=1e-2, fused=True)
+    for step, gradient in enumerate(gradients):
+        logits.grad, other.grad = gradient.clone(), 0.5 * (gradient + 0.25)
+        torchs.step()
+        if step % 3 == 2:  # as any other optimizer
+            logits.grad = other.grad.clone()
+            own.step()
+        else:
+            assert own.takes()
+            assert own.norms([0.25]).item() == pytest.approx((gradient.double() + 0.25).norm().item(), rel=1e-5)
+            own.update([0.25], 0.5)
+        if step == 3:
+            state = own.state_dict()
+            own = Adam([logits], lr=1e-2)
+            own.load_state_dict(state)
+    torch.testing.assert_close(logits, other, rtol=0, atol=1e-6)
+    assert own.state_dict()["state"].keys() == torchs.state_dict()["state"].keys()
+    assert own.state_dict()["state"][0].keys() == torchs.state_dict()["state"][0].keys()
+
+
+def test_an_update_is_seen_by_autograd() -> None:
+    logits = nn.Parameter(torch.zeros(10))
+    squared = (logits * logits).sum()
+    logits.grad = torch.ones(10)
+    Adam([logits], lr=1e-2).update([0.0], 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.backward()
 
 
 def test_alpha_zero_has_no_penalty(network: nn.Module) -> None:

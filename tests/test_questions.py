@@ -123,7 +123,7 @@ def test_checks_measure_the_own_task_beside_chance(both: Any, answers: dict[str,
     table = answers["faithfulness"].tables[0]
     assert table.rows[0][3] == found.masks["all"]["accuracy"]["a"] - 1
     worst = min(found.masks["all"]["accuracy"].values())
-    assert f"at worst it is {100 * (1 - worst):.1f} points below the network" in answers["faithfulness"].sentence
+    assert f"its accuracy is {100 * (1 - worst):.1f} points below the network's" in answers["faithfulness"].sentence
     layers = answers["layers"].figures[1]
     assert isinstance(layers, Lines)
     assert layers.x == ("0.weight", "2.weight")

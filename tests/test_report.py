@@ -135,7 +135,13 @@ def result() -> dict[str, Any]:
 
 
 def result_with_answers() -> dict[str, Any]:
-    return {**result(), "answers": {name: answer.as_json() for name, answer in ANSWERS.items()}}
+    verdict = {
+        "specialize": {"verdict": "holds", "because": "add and mul share 0.41 of it."},
+        "reuse": {"verdict": "undecided", "because": "no two tasks <ask> the same."},
+        "pairs": [{"tasks": ["add", "mul"], "index": {"mean": 0.41, "low": 0.4, "high": 0.42}}],
+    }
+    answers = {name: answer.as_json() for name, answer in ANSWERS.items()}
+    return {**result(), "verdict": verdict, "analysis": {"bars": answers["bars"]}, "answers": answers}
 
 
 def history() -> list[dict[str, Any]]:
@@ -211,7 +217,13 @@ def test_the_page_needs_nothing_else(run):
 
 def test_figures_are_files_too_and_well_formed(run):
     page(run)
-    names = {"curves", "kept-per-layer", "overlap-per-layer", *(f"answer-{kind}-1" for kind in ANSWERS)}
+    names = {
+        "curves",
+        "kept-per-layer",
+        "overlap-per-layer",
+        "analysis-bars-1",
+        *(f"answer-{kind}-1" for kind in ANSWERS),
+    }
     assert {path.name for path in (run / "figures").iterdir()} == {
         f"{name}.{kind}" for name in names for kind in ("svg", "pdf")
     }
@@ -274,6 +286,14 @@ def test_answers_stand_beside_their_sentences(tmp_path):
         assert shown.title in seen.text, name
     assert seen.tags.count("figure") >= len(ANSWERS)
     assert re.search(r"some\s*3\s*25.0\s%\s*none\s*\u2013\s*0.0\s%", seen.text)
+
+
+def test_the_verdict_stands_on_top(run):
+    seen = page(run)
+    assert "different weights): holds. Add and mul share 0.41 of it." in " ".join(seen.text.split())
+    assert "the same weights): undecided. No two tasks <ask> the same." in " ".join(seen.text.split())
+    assert seen.text.index("Verdict") < seen.text.index(ANSWERS["bars"].title) < seen.text.index("Weights kept")
+    assert read(run).sharing == {"add and mul": 0.41}
 
 
 def test_every_sentence_follows_its_numbers(tmp_path):
@@ -363,6 +383,14 @@ def damaged(change: Any) -> dict[str, Any]:
         (json.dumps(damaged(lambda c: c["masks"]["add"]["accuracy"].update(add=None))), "accuracy.add is missing"),
         (json.dumps(damaged(lambda c: c["overlap"].pop("masks"))), "does not name its two masks"),
         (json.dumps(damaged(lambda c: c["overlap"]["chance"].update(iou=[]))), "iou is a list"),
+        (
+            json.dumps(damaged(lambda c: c["verdict"]["reuse"].update(verdict="maybe"))),
+            "verdict.reuse is none",
+        ),
+        (
+            json.dumps(damaged(lambda c: c["verdict"].update(pairs=[{"tasks": ["add"]}]))),
+            "does not name its two tasks",
+        ),
         (
             json.dumps(damaged(lambda c: c["answers"].update(bars={}))),
             "the answer to bars cannot be shown: Answer: lacks",

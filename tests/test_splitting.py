@@ -1,5 +1,6 @@
 """Splitting inputs and joining outputs: nothing is lost, mixed up or weighted wrongly, and doubt is an error."""
 
+import copy
 import dataclasses
 from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from itertools import pairwise
@@ -324,3 +325,20 @@ def test_what_differs_and_has_no_mean_is_refused(pair: Any) -> None:
 
 def test_arrays_that_are_equal_are_joined() -> None:
     assert np.array_equal(join([np.ones(3), np.ones(3)], [1, 1], [None]), np.ones(3))
+
+
+class Opaque:
+    pass
+
+
+def test_objects_that_cannot_be_joined_fail_when_they_are_used():
+    ones = {"x": torch.ones(2), "cache": Opaque()}
+    twos = {"x": torch.ones(1), "cache": Opaque()}
+    joined = join([ones, twos], [2, 1], [0, None])
+    assert torch.equal(joined["x"], torch.ones(3))
+    assert copy.copy(joined["cache"]) is not None
+    assert repr(joined["cache"]) == "<Opaque of each chunk of the batch, not joined>"
+    with pytest.raises(BatchError, match=r"type Opaque .*asked for its 'states'.*samples=1"):
+        _ = joined["cache"].states
+    with pytest.raises(BatchError, match="different outputs of type Opaque"):
+        join([Opaque(), Opaque()], [2, 1], [None])  # nothing beside it: there is no output at all

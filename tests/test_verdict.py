@@ -109,10 +109,14 @@ def outcome(*evidence: Evidence, of: str) -> str:
         ({"other": (0.0, 0.76)}, "fails"),
         ({"other": (0.5, 0.0)}, "undecided"),
         ({"other": (None, 0.0)}, "undecided"),
-        ({"index": SHARED}, "fails"),
+        ({"index": SHARED}, "undecided"),
         ({"index": BETWEEN}, "undecided"),
         ({"index": None}, "undecided"),
-        ({"index": SHARED, "own": (0.1, 1.0)}, "undecided"),
+        ({"index": None, "other": (0.9, 0.0)}, "fails"),
+        ({"other": (0.9, 0.0), "own": (0.1, 1.0)}, "undecided"),
+        ({"other": (0.9, 0.0), "unsure": (0.1, 0.5)}, "undecided"),
+        ({"unsure": (0.1, 0.5)}, "undecided"),
+        ({"unsure": (0.1, None)}, "holds"),
     ],
 )
 def test_specialisation_by_its_rule(changes: dict[str, Any], expected: str) -> None:
@@ -127,6 +131,7 @@ def test_specialisation_by_its_rule(changes: dict[str, Any], expected: str) -> N
         ({"index": BETWEEN}, "undecided"),
         ({"index": None}, "undecided"),
         ({"index": SHARED, "own": (0.5, 1.0)}, "undecided"),
+        ({"index": SHARED, "unsure": (0.2, 0.4)}, "undecided"),
     ],
 )
 def test_reuse_by_its_rule(changes: dict[str, Any], expected: str) -> None:

@@ -1,10 +1,13 @@
 """The fast route for linear layers of an unmodified network: one pass over a weight serves all K samples.
 
-The network is called once, under :func:`torch.func.vmap` over the K chunks of the batch, so its code still sees one
-chunk. Each masked weight is put in as a :class:`GatedWeight`, a tensor without data that answers
+The network is called once. Each masked weight is put in as a :class:`GatedWeight`, a tensor without data that answers
 ``torch.nn.functional.linear`` with the blocked product of all chunks (:mod:`sublens.kernels.blocked`), and everything
 else by asking for the general route. Which networks can go this way is :func:`applies`; that one of them cannot after
 all (code that vmap does not take, a weight used for something else) is found at its first call.
+
+With one sample, and for networks that treat every example by itself (:func:`per_example`), the call is an ordinary one
+on the whole batch. Other networks are called under :func:`torch.func.vmap` over the K chunks, so that their code still
+sees one chunk; that costs some milliseconds a call.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +31,7 @@ class NotLinearError(Exception):
 
 def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> bool:
     """Whether all masked parameters are float32 CPU weights of ``nn.Linear``, used nowhere else, under a fused gate."""
-    if not (gate.fused and kernels.fused()):
+    if not (gate.fused and kernels.fused() and blocked.agrees()):
         return False
     parameters = dict(network.named_parameters())
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -43,11 +46,40 @@ def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> boo
     )
 
 
+_BY_EXAMPLE = (
+    nn.CELU, nn.Dropout, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU,
+    nn.Linear, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign,
+    nn.Tanh, nn.Tanhshrink,
+)  # fmt: skip
+
+
+def per_example(network: nn.Module) -> bool:
+    """Whether the network is a chain of modules that act on each example of a batch alone, and nothing watches it.
+
+    Such a network gives each chunk the same outputs whether it is called on chunks or on the whole batch. Only modules
+    of torch's own classes are taken at their word, and none with hooks, which would see another batch.
+    """
+
+    def acts_alone(module: nn.Module) -> bool:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+        if type(module) is nn.Sequential:
+            return all(acts_alone(part) for part in module)
+        if type(module) is nn.LayerNorm:
+            return len(module.normalized_shape) == 1
+        if type(module) is nn.Flatten:
+            return module.start_dim == 1
+        return type(module) in _BY_EXAMPLE
+
+    return type(network) is nn.Sequential and acts_alone(network)
+
+
 @dataclass(frozen=True)
 class _Source:
     logits: Tensor
     weight: Tensor
     draw: Draw
+    chunks: int
 
 
 class GatedWeight(Tensor):
@@ -55,10 +87,18 @@ class GatedWeight(Tensor):
 
     source: _Source
 
-    def __new__(cls, logits: Tensor, weight: Tensor, draw: Draw) -> "GatedWeight":
-        """Stand for ``weight`` under the samples that follow ``draw``."""
+    def __new__(cls, logits: Tensor, weight: Tensor, draw: Draw, chunks: int) -> "GatedWeight":
+        """Stand for ``weight`` under the samples that follow ``draw``.
+
+        Args:
+            logits: of the weight.
+            weight: the weight.
+            draw: names the first sample.
+            chunks: number K of chunks that lie one after the other in the first dimension of the inputs, or 0 where
+                there is a dimension of chunks under :func:`torch.func.vmap`.
+        """
         made = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
-        made.source = _Source(logits, weight, draw)
+        made.source = _Source(logits, weight, draw, chunks)
         return made
 
     @classmethod
@@ -67,8 +107,7 @@ class GatedWeight(Tensor):
         if func is nn.functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, GatedWeight) and not isinstance(x, GatedWeight):
-                source = weight.source
-                y = _Linear.apply(x, source.logits, source.weight, source.draw)
+                y = _linear(x, weight.source)
                 return y if bias is None else y + bias
         if getattr(func, "__name__", "") == "__get__":  # .shape, .dtype, .device, ...
             with torch._C.DisableTorchFunctionSubclass():
@@ -82,6 +121,17 @@ class GatedWeight(Tensor):
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     return input, weight, bias
+
+
+def _linear(x: Tensor, source: _Source) -> Tensor:
+    parts = (source.logits, source.weight, source.draw)
+    if source.chunks == 0:
+        return _Linear.apply(x, *parts)  # type: ignore[no-any-return]
+    if x.dtype != torch.float32 or x.numel() == 0:
+        raise NotLinearError(f"an input of {x.dtype} and shape {tuple(x.shape)}")
+    chunked = x.unsqueeze(0) if source.chunks == 1 else x.unflatten(0, (source.chunks, -1))
+    y: Tensor = _LinearOfSamples.apply(chunked, *parts)
+    return y.squeeze(0) if source.chunks == 1 else y.flatten(0, 1)
 
 
 class _Linear(torch.autograd.Function):

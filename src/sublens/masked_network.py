@@ -3,23 +3,25 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.func import functional_call
 
 from sublens import linear_route, recomputation
+from sublens.calling import call_with, plain
 from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid, Penalty
 from sublens.groups import FactoredWeight, GroupedGate, Grouping, Groups, factors, group
 from sublens.kernels import LOGIT_BOUND
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
+from sublens.redrawing import Redrawing
 from sublens.selection import Where, tied_names
 from sublens.splitting import Axes, Batch, flatten, join, output_axes
 
@@ -105,6 +107,8 @@ class MaskedNetwork(nn.Module):
         self._axes: dict[Hashable, Axes] = {}
         self._factors = factors(network, self._groupings)
         self._seen_a_gradient = False
+        self._penalised = False  # whether the penalty needs the sums of logits
+        self._sums: dict[str, tuple[Tensor, int]] | None = None
         self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
         self.logits_tree = nn.Module()
         parameters = dict(network.named_parameters())
@@ -191,9 +195,32 @@ class MaskedNetwork(nn.Module):
             raise SettingError(f"The penalty {kind!r} does not exist; there are 'logits' and 'expected'.")
         if not any(alphas.values()):
             return torch.zeros((), device=next(iter(logits.values())).device, requires_grad=True)
-        step, gates = max(self.step - 1, 0), self.gate.across(logits)
-        parts = [alphas[name] * gates[name].penalty(layer, kind, step) for name, layer in logits.items()]
+        if self.penalty_slopes(alpha, kind) is not None:
+            self._penalised = True
+            parts = [alphas[name] * total for name, (total, _) in self._sums_now().items()]
+        else:
+            step, gates = max(self.step - 1, 0), self.gate.across(logits)
+            parts = [alphas[name] * gates[name].penalty(layer, kind, step) for name, layer in logits.items()]
         return torch.stack(parts).sum()
+
+    def penalty_slopes(self, alpha: float | Mapping[str, float], kind: Penalty = "logits") -> dict[str, float] | None:
+        """Gradient of :meth:`penalty` where it is one number for all logits of a parameter; otherwise ``None``."""
+        if kind != "logits" or type(self.gate).penalty is not Gate.penalty or type(self.gate).across is not Gate.across:
+            return None
+        return dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(self.logits, alpha)
+
+    def _summed(self) -> dict[str, tuple[Tensor, int]]:
+        """Sum and version of each parameter's logits."""
+        return {name: (logits.sum(), logits._version) for name, logits in self.logits.items()}
+
+    def _sums_now(self) -> dict[str, tuple[Tensor, int]]:
+        # Those of the last training call, if nothing has changed since. They stand before that call in the graph, so
+        # their backward comes after the call's: a dense gradient is there by then, and theirs, one number for all
+        # logits, is added to it in place. The other way round PyTorch would first write it out.
+        sums = self._sums
+        if sums is not None and all(sums[name][1] == logits._version for name, logits in self.logits.items()):
+            return sums
+        return self._summed()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own output, for its own arguments, with sampled gates (training) or the mask (evaluation).
@@ -210,6 +237,7 @@ class MaskedNetwork(nn.Module):
             for logits in self.logits.values():
                 # Through .data: values within the bound do not change, so graphs of earlier calls stay valid.
                 logits.data.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+        self._sums = self._summed() if self._penalised and torch.is_grad_enabled() else None
         step, self.step = self.step, self.step + 1
         if self._seen_a_gradient:
             return self._sampled(step, args, kwargs)
@@ -234,7 +262,7 @@ class MaskedNetwork(nn.Module):
 
     def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.samples == 1 or not self.gate.noisy:
-            return self._call(self._gated(step, 0), args, kwargs)
+            return self._one_sample(step, args, kwargs)
         batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(self.samples)
         sizes = [stop - start for start, stop in pairwise(bounds)]
@@ -242,9 +270,13 @@ class MaskedNetwork(nn.Module):
         kind = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in batch.leaves)
         if kind not in self._axes:
             self._axes[kind] = self._output_axes(batch, sizes[0])
+        if linear_route.per_example(self.network) and self.batch_dim == 0 and batch.size % self.samples == 0:
+            output = self._whole_batch(step, self.samples, kind, args, kwargs)
+            if output is not None:
+                return output
         outputs = self._all_at_once(step, batch, kind)
         if outputs is None:
-            outputs = [self._call(self._gated(step, k), *batch.part(*span)) for k, span in enumerate(pairwise(bounds))]
+            outputs = [self._by_chunk(step, k, *batch.part(*span)) for k, span in enumerate(pairwise(bounds))]
         return join(outputs, sizes, self._axes[kind])
 
     def _output_axes(self, batch: Batch, size: int) -> Axes:
@@ -258,45 +290,86 @@ class MaskedNetwork(nn.Module):
             first, second = (self._call(plain, *batch.part(0, count, copy=True)) for count in (size, other))
         return output_axes(first, size, second, other, batch_leads=self.batch_dim == 0)
 
+    def _one_sample(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in flatten((args, kwargs))[0])
+        output = self._whole_batch(step, 1, kind, args, kwargs)
+        return output if output is not None else self._by_chunk(step, 0, args, kwargs)
+
+    def _whole_batch(
+        self, step: int, chunks: int, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output of one call by the linear route, or ``None`` where that route does not apply."""
+
+        def call(copy: bool) -> Any:
+            leaves, rebuild = flatten((args, kwargs))
+            copied = [leaf.clone() if copy and isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return self._call(self._put(step, chunks), *rebuild(copied))
+
+        return self._by_linear_layers(kind, call)
+
     def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
         """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
-        logits = self.logits
-        fine = all(grouping.fine for grouping in self._groupings.values())
-        if kind not in self._general and not (fine and linear_route.applies(self.network, logits, self.gate)):
-            self._general[kind] = True
-        # Under autocast the general route: the blocked product has one precision.
-        if self._general.get(kind) or batch.size % self.samples or torch.is_autocast_enabled("cpu"):
+        if batch.size % self.samples:
             return None
 
-        def put(name: str, weight: Tensor) -> Tensor:
-            return linear_route.GatedWeight(
-                logits[name], weight, Draw(self.seed, step, self.first_sample, self._ids[name])
-            )
+        def call(copy: bool) -> Any:
+            def network(*args: Any, **kwargs: Any) -> Any:
+                return self._call(self._put(step, 0), args, kwargs)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self._call(put, args, kwargs)
+            return linear_route.over_chunks(network, batch, self.samples, copy=copy)
 
+        outputs: list[Any] | None = self._by_linear_layers(kind, call)
+        return outputs
+
+    def _by_linear_layers(self, kind: Hashable, call: Callable[[bool], Any]) -> Any:
+        """What ``call`` returns, or ``None`` if this kind of call has to go the general route.
+
+        The first call of a kind is told to use copies of the inputs: a network that writes into its input, and then
+        cannot go this way after all, must do so once.
+        """
+        first = kind not in self._general
+        if first:
+            fine = all(grouping.fine for grouping in self._groupings.values())
+            if not (fine and linear_route.applies(self.network, self.logits, self.gate)):
+                self._general[kind] = True
+        # Under autocast the general route: the blocked product has one precision.
+        if self._general.get(kind) or torch.is_autocast_enabled("cpu"):
+            return None
         try:
-            outputs = linear_route.over_chunks(call, batch, self.samples, copy=kind not in self._general)
+            outputs = call(first)
         except Exception:
-            # vmap does not take this network, or not this kind of call. The general route decides: if it fails too, its
+            # The network, or this kind of call, cannot go this way. The general route decides: if it fails too, its
             # error is the network's own and is the one to be seen.
             self._general[kind] = True
             return None
         self._general[kind] = False
         return outputs
 
-    def _gated(self, step: int, sample: int) -> Any:
+    def _put(self, step: int, chunks: int) -> Any:
+        logits = self.logits
+
+        def put(name: str, weight: Tensor) -> Tensor:
+            draw = Draw(self.seed, step, self.first_sample, self._ids[name])
+            return linear_route.GatedWeight(logits[name], weight, draw, chunks)
+
+        return put
+
+    def _by_chunk(self, step: int, sample: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The general route: the network's output for one chunk, under one draw of whole masked weights."""
         logits = self.logits
         gates = self.gate.across(logits)
+        redrawing = Redrawing()
 
         def put(name: str, weight: Tensor) -> Tensor:
             draw = Draw(self.seed, step, self.first_sample + sample, self._ids[name])
             grouping = self._groupings[name]
+            scores = logits[grouping.owner]
             gate = gates[grouping.owner] if grouping.fine else GroupedGate(gates[grouping.owner], grouping)
 
             def whole() -> Tensor:
-                gated: Tensor = _Gated.apply(logits[grouping.owner], weight, gate, draw)
+                gated: Tensor = _Gated.apply(scores, weight, gate, draw, redrawing, name)
+                # Logits that are changed before the backward pass are noticed there, by the node just made.
+                redrawing.add(name, gated, lambda: gate.masked(weight, scores.detach(), draw))
                 return gated
 
             if name not in self._factors:
@@ -304,15 +377,24 @@ class MaskedNetwork(nn.Module):
             vector, of_outputs = self._factors[name]
             of_each = GroupedGate(gates[grouping.owner], vector)
             ones = torch.ones(vector.shape, device=weight.device)
-            numbers = _Gated.apply(logits[grouping.owner], ones, of_each, draw)
+            numbers = _Gated.apply(scores, ones, of_each, draw, redrawing, name)
             return FactoredWeight(weight, numbers, of_outputs, functools.cache(whole))
 
-        return put
+        try:
+            return self._call(put, args, kwargs, redrawing.hooks)
+        finally:
+            redrawing.called()
 
-    def _call(self, put: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self,
+        put: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Any:
         """Call the network with ``put(name, weight)`` in place of each masked weight."""
         ids = self._ids
-        return call_with(self.network, self._aliases, lambda n, w: put(n, w) if n in ids else w, args, kwargs)
+        return call_with(self.network, self._aliases, lambda n, w: put(n, w) if n in ids else w, args, kwargs, around)
 
     def _check_first_call(self, output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -372,39 +454,6 @@ def initial_logit(keep: float) -> float:
     return logit
 
 
-def call_with(
-    network: nn.Module,
-    aliases: Mapping[str, tuple[str, ...]],
-    put: Callable[[str, Tensor], Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Call a network with other weights, and leave it as it was.
-
-    Args:
-        network: any module.
-        aliases: its :func:`sublens.selection.tied_names`.
-        put: ``put(name, weight)`` gives what stands in a weight's place; :func:`plain` gives the weight itself.
-        args: the network's arguments.
-        kwargs: likewise.
-    """
-    tensors: dict[str, Tensor] = {}
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    for name, names in aliases.items():
-        # All names of a tied tensor get the same object, so that it is sampled once.
-        tensors |= dict.fromkeys(names, put(name, parameters[name].detach()))
-    copies: dict[int, Tensor] = {}
-    for name, buffer in network.named_buffers(remove_duplicate=False):
-        tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-    with at_rest(network):
-        return functional_call(network, tensors, args, kwargs, strict=True)
-
-
-def plain(name: str, weight: Tensor) -> Tensor:
-    """The weight itself, in its own place."""
-    return weight
-
-
 def _plant(tree: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter under its dotted name into a tree of empty modules, where names never collide as joined ones can.
 
@@ -422,34 +471,24 @@ class _Gated(torch.autograd.Function):
     """A masked weight for one draw. Keeps the logits and the weight for the backward pass, no sample and no noise."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, weight: Tensor, gate: Gate | GroupedGate, draw: Draw) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        logits: Tensor,
+        weight: Tensor,
+        gate: Gate | GroupedGate,
+        draw: Draw,
+        redrawing: Redrawing,
+        name: str,
+    ) -> Tensor:
         ctx.save_for_backward(logits, weight)
-        ctx.gate, ctx.draw = gate, draw  # type: ignore[attr-defined]
+        ctx.gate, ctx.draw, ctx.done = gate, draw, partial(redrawing.done, name)  # type: ignore[attr-defined]
         return gate.masked(weight, logits.detach(), draw)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+        ctx.done()
         logits, weight = ctx.saved_tensors
-        return ctx.gate.logit_gradient(gradient, weight, logits.detach(), ctx.draw), None, None, None
-
-
-@contextmanager
-def at_rest(network: nn.Module) -> Iterator[None]:
-    """The network's modules in evaluation mode; what calls change in them is put back."""
-    modules = list(network.modules())
-    training = [m for m in modules if m.training]
-    # Recurrent layers keep a list of their weights, which a functional call replaces and does not restore.
-    flat = [(m, m.__dict__["_flat_weights"], m.__dict__.get("_flat_weight_refs"))
-            for m in modules if "_flat_weights" in m.__dict__]  # fmt: skip
-    try:
-        for m in training:
-            m.training = False
-        yield
-    finally:
-        for m in training:
-            m.training = True
-        for m, weights, refs in flat:
-            m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = weights, refs
+        return ctx.gate.logit_gradient(gradient, weight, logits.detach(), ctx.draw), None, None, None, None, None
 
 
 def load_logits(masked: MaskedNetwork, logits: Mapping[str, Tensor]) -> None:

@@ -8,11 +8,13 @@ only, so the same bits come out on every device, and nothing has to be stored to
 Antithetic pairs. Samples 2 p and 2 p + 1 share their noise: where the first has u, the second has 1 - u (Hammersley and
 Morton, "A new Monte Carlo technique: antithetic variates", 1956). Each sample alone is distributed as without pairs;
 what a gate draws high in one it draws low in the other, so the mean over a pair varies less, and half the numbers do.
+(More samples from one draw, by adding 1/2 or 1/4 to u, would not do: at a keep probability of 1/2 all gates of the
+third sample would agree with those of the second.)
 
 Layout. The key is ``(seed, parameter)``, 64 bits each; the counter is ``(block, pair, step)``. One block gives four
-32-bit words, that is eight 16-bit draws: word ``w``, low half first. Elements are numbered in row-major order and come
-in tiles of 512; element ``512 t + 64 o + j`` is draw ``o`` of block ``64 t + j``, an order in which eight or sixteen
-neighbouring elements are one vector instruction.
+32-bit words, that is eight 16-bit draws, low half first. Elements are numbered in row-major order and come in tiles of
+64; element ``64 t + 16 w + 2 j + h`` is half ``h`` of word ``w`` of block ``8 t + j``, an order in which word ``w`` of
+eight neighbouring blocks is one vector, stored as it is.
 
 Resolution. A draw is one of 65,536 equally likely values, ``u = (k + 1/2) / 65536``, never 0 or 1. A keep probability
 is thereby met to within about ``2**-17``; the bound on logits (:data:`sublens.kernels.reference.LOGIT_BOUND`) keeps
@@ -25,12 +27,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 512
+TILE = 64
 """Elements that share one run of blocks."""
-LANES = 64
+LANES = 8
 """Blocks of a tile."""
 LEVELS = 65536
 """Number of equally likely values of one draw."""
+PATTERNS = (0x0000, 0xFFFF)
+"""What the pair's draw is combined with (exclusive or) to give that of its first and of its second sample."""
 ROUNDS = 13
 ROTATIONS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))
 PARITY = 0x1BD11BDA
@@ -59,12 +63,12 @@ class Draw:
 
     def counter(self) -> tuple[int, int, int]:
         """The three 32-bit words of the counter that stand behind the block number: pair, step low, step high."""
-        return self.sample >> 1 & _WORD, self.step & _WORD, self.step >> 32 & _WORD
+        return self.sample // len(PATTERNS) & _WORD, self.step & _WORD, self.step >> 32 & _WORD
 
     @property
-    def mirrored(self) -> bool:
-        """Whether this is the second sample of its antithetic pair, whose noise is 1 - u."""
-        return self.sample % 2 == 1
+    def pattern(self) -> int:
+        """What the pair's draw is combined with to give this sample's: all bits turned over is 1 - u for u."""
+        return PATTERNS[self.sample % len(PATTERNS)]
 
 
 def parameter_id(name: str) -> int:
@@ -109,10 +113,10 @@ def bits(draw: Draw, count: int, *, device: torch.device | str = "cpu") -> Tenso
     block = torch.arange(tiles * LANES, dtype=torch.int64, device=device)
     rest = [torch.full_like(block, word) for word in draw.counter()]
     words = threefry((block, rest[0], rest[1], rest[2]), draw.key())
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    per_tile = torch.stack([half.view(tiles, LANES) for half in halves], dim=1)
-    drawn = per_tile.reshape(-1)[:count].to(torch.int32)
-    return LEVELS - 1 - drawn if draw.mirrored else drawn
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)])
+    # (word, half, tile, block) to the order of the layout: tile, word, block, half.
+    ordered = halves.view(4, 2, tiles, LANES).permute(2, 0, 3, 1)
+    return ordered.reshape(-1)[:count].to(torch.int32) ^ draw.pattern
 
 
 def uniform(draw: Draw, count: int, *, device: torch.device | str = "cpu") -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sublens.calling import at_rest
 from sublens.errors import SettingError
-from sublens.masked_network import at_rest
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Measure = Literal["kl", "mse"]

@@ -77,6 +77,12 @@ def keep_histogram(logits: Mapping[str, Tensor]) -> list[int]:
     return [int(count) for count in counts]
 
 
+def unsure_share(counts: Sequence[int]) -> float:
+    """Return the share of gates between keep probabilities of 0.1 and 0.9, of a histogram of :data:`BINS` bins."""
+    near = BINS // 10
+    return sum(counts[near:-near]) / max(sum(counts), 1)
+
+
 def _accuracy(asked: Asked, found: Found) -> Answer | None:
     tasks, masks = list(found.network), list(found.masks)
     if not tasks:
@@ -306,8 +312,7 @@ def _gates(asked: Asked, found: Found) -> Answer | None:
     }
     if not shares:
         return None
-    near = BINS // 10
-    unsure = {name: math.fsum(share[near:-near]) for name, share in shares.items()}
+    unsure = {name: unsure_share(found.keep_probabilities[name]) for name in shares}
     sentence = _listed(f"{_percent(value)} of {name}'s" for name, value in unsure.items())
     return Answer(
         title="How sure are the gates?",
@@ -337,7 +342,7 @@ def _faithfulness(asked: Asked, found: Found) -> Answer | None:
     return Answer(
         title="Does the control mask have what the network has?",
         sentence=f"The mask of the whole problem keeps {_percent(found.masks[control]['kept'])} of the weights;"
-        f" at worst it is {_points(differences[worst])} (on {worst}).",
+        f" at worst, on {worst}, its accuracy is {_points(differences[worst])}.",
         tables=[
             Table(
                 title="Faithfulness: the control mask against the network",
@@ -474,12 +479,13 @@ def _layers(asked: Asked, found: Found) -> Answer | None:
         )
         for block, fills in measured.items():
             numbers |= {f"{name}_{block}_{fill}": band[name]["mean"] for fill, band in fills.items()}
-        strongest = {block: max(band[name]["mean"] for band in fills.values()) for block, fills in measured.items()}
-        block = min(strongest, key=lambda block: strongest[block])
-        parts.append(f"{name} has at most {_percent(strongest[block])} left without {block}, whatever replaces it")
+        left = [band[name]["mean"] for fills in measured.values() for band in fills.values()]
+        beside = [band[name]["mean"] for band in random.values()]
+        parts.append(f"{name} has {_range(left)} left (without as many random weights {_range(beside)})")
     return Answer(
         title="Where in the network is each function?",
-        sentence=f"Of the parts that a mask keeps, {_listed(parts)}.",
+        sentence="Without the weights that its mask keeps in one part of the network, whichever part and whatever"
+        f" replaces them, {_listed(parts)}.",
         figures=figures,
         numbers=numbers,
     )
@@ -537,11 +543,15 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def _range(values: Sequence[float]) -> str:
+    return f"{_percent(min(values))} to {_percent(max(values))}"
+
+
 def _points(difference: float) -> str:
     points = 100 * difference
     if abs(points) < 0.05:
-        return "as good as the network"
-    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'} the network"
+        return "the network's"
+    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'} the network's"
 
 
 def _listed(parts: Any) -> str:

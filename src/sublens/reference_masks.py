@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sublens.errors import NonFiniteError, SettingError
 from sublens.fit.batches import Batches, BatchSource, random_state_kept
 from sublens.gates import Threshold
-from sublens.mask import Mask, fingerprint, random_bits
+from sublens.mask import Mask, fingerprint
+from sublens.mask.random_bits import random_bits
 from sublens.masked_network import MaskedNetwork
 from sublens.ranking import Kept, count_of, highest_of
 from sublens.selection import Where, select

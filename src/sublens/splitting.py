@@ -227,11 +227,33 @@ def output_axes(first: Any, first_size: int, second: Any, second_size: int, *, b
     return axes
 
 
+_PLAIN = bool | int | float | complex | str | bytes
+
+
+class Unjoined:
+    """Stands in an output for objects of the chunks that cannot be joined, as long as nobody asks anything of it."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy, pickle and the like ask for what may be absent
+            raise AttributeError(name)
+        raise BatchError(
+            f"The chunks of the batch each gave an object of type {self._kind} here, which cannot be joined (asked for "
+            f"its '{name}'). Use samples=1, or have the network not make it (a language model: use_cache=False)."
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self._kind} of each chunk of the batch, not joined>"
+
+
 def join(outputs: Sequence[Any], sizes: Sequence[int], axes: Axes) -> Any:
     """One output from those of the chunks, in order.
 
     Leaves that follow the batch are concatenated. Floating-point tensors that do not (a loss computed inside the
-    network, say) are averaged with the chunks' sizes as weights; other leaves must be equal in all chunks.
+    network, say) are averaged with the chunks' sizes as weights; other leaves must be equal in all chunks. An object
+    beside such tensors that nothing is known of (the cache of a language model, say) becomes an :class:`Unjoined`.
 
     Raises:
         BatchError: a leaf differs between the chunks and cannot be averaged.
@@ -239,7 +261,7 @@ def join(outputs: Sequence[Any], sizes: Sequence[int], axes: Axes) -> Any:
     parts = [flatten(output)[0] for output in outputs]
     rebuild = flatten(outputs[0])[1]
     total = sum(sizes)
-    joined = []
+    joined: list[Any] = []
     for axis, leaves in zip(axes, zip(*parts, strict=True), strict=True):
         head = leaves[0]
         if axis is not None:
@@ -250,11 +272,13 @@ def join(outputs: Sequence[Any], sizes: Sequence[int], axes: Axes) -> Any:
             joined.append(head if same else sum(weighted, torch.zeros_like(head)))
         elif all(_equal(head, leaf) for leaf in leaves):
             joined.append(head)
-        else:
+        elif isinstance(head, Tensor | np.ndarray | _PLAIN) or not any(isinstance(leaf, Tensor) for leaf in parts[0]):
             raise BatchError(
                 f"The chunks of a batch gave different outputs of type {type(head).__name__} that cannot be joined. "
                 "Use samples=1."
             )
+        else:
+            joined.append(Unjoined(type(head).__name__))
     return rebuild(joined)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sublens.calling import call_with, plain
 from sublens.errors import MismatchError, SettingError
 from sublens.mask import Mask, fingerprint
-from sublens.masked_network import call_with, plain
 from sublens.selection import tied_names
 from sublens.splitting import Axes, Batch, flatten, join, output_axes
 

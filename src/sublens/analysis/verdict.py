@@ -16,14 +16,17 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
 **Rule.** With retention r = (accuracy under the mask - random masks' accuracy) / (the network's - random masks'):
 
 - A function is *kept* under a mask if r >= 0.75, and *lost* if r <= 0.25.
+- A mask is *evidence* if it keeps its own function, and is settled: at most a third of its gates ended with a keep
+  probability between 0.1 and 0.9. One that is not still keeps what no task needs, and shares that with every other.
 - Two tasks use *different weights* if the interval of their sharing index lies below 0.75, and *the same weights* if it
   lies above. Three quarters is a convention; the index stands beside the verdict.
-- P_specialize **holds** if, for every two tasks of different functions, each is kept under its own mask and lost under
-  the other's, and they use different weights. It **fails** if each is kept under its own mask and, for some two, one is
-  kept under the other's mask too, or they use the same weights. Otherwise it is **undecided**.
-- P_reuse **holds** if all tasks are kept under their own masks and every two of the same function use the same
-  weights. It **fails** if they are kept and some two use different weights. Otherwise it is **undecided**, also where a
-  study has no two tasks of one function.
+- P_specialize **holds** if, for every two tasks of different functions, both masks are evidence, each function is lost
+  under the other's mask, and they use different weights. It **fails** if, for some two, both masks are evidence and one
+  function is kept under the other's mask too. Otherwise it is **undecided**: also where two functions share most of
+  their weights, though each is lost without the few of its own.
+- P_reuse **holds** if, for every two tasks of the same function, both masks are evidence and they use the same weights.
+  It **fails** if, for some two, both are evidence and they use different weights. Otherwise it is **undecided**, also
+  where a study has no two tasks of one function.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +40,7 @@ from sublens.mask import Mask
 
 KEPT, LOST = 0.75, 0.25
 SAME = 0.75
+UNSURE = 1 / 3
 _RESAMPLES = 1000
 _LEVEL = 0.95
 _CHUNK = 4_000_000  # numbers drawn at a time
@@ -51,6 +55,8 @@ class Evidence:
         same_function: whether they ask the same function of the network.
         own: retention of each task under its own mask; ``None`` if it cannot be had.
         other: retention of the second task under the first's mask, and of the first under the second's.
+        unsure: share of each mask's gates that ended between keep probabilities of 0.1 and 0.9; ``None`` if not known,
+            as for masks that were not trained by gates.
         index: sharing index: value, and lower and upper edge; ``None`` if no task of the two was trained twice.
     """
 
@@ -59,6 +65,7 @@ class Evidence:
     own: tuple[float | None, float | None]
     other: tuple[float | None, float | None]
     index: tuple[float, float, float] | None
+    unsure: tuple[float | None, float | None] = (None, None)
 
 
 def sharing_index(
@@ -138,6 +145,7 @@ def gather(
     whole: Mapping[str, float],
     chance: Mapping[str, Mapping[str, float]],
     *,
+    unsure: Mapping[str, float] | None = None,
     layers: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Evidence]:
@@ -151,6 +159,7 @@ def gather(
         accuracy: mask -> task -> value under the mask.
         whole: task -> the network's value.
         chance: mask -> task -> mean value under random masks of the mask's layer sizes; 0 where there is none.
+        unsure: mask -> share of its gates that ended between keep probabilities of 0.1 and 0.9, where it is known.
         layers: names of the layers that are compared; ``None``: all.
         seed: of the bootstrap.
     """
@@ -168,6 +177,7 @@ def gather(
                 same_function=functions[first] == functions[second],
                 own=(left(first, first), left(second, second)),
                 other=(left(first, second), left(second, first)),
+                unsure=((unsure or {}).get(first), (unsure or {}).get(second)),
                 index=sharing_index(masks[first], masks[second], same, layers=layers, seed=seed),
             )
         )
@@ -192,6 +202,7 @@ def judge(evidence: Sequence[Evidence]) -> dict[str, Any]:
                 "same_function": pair.same_function,
                 "own": list(pair.own),
                 "other": list(pair.other),
+                "unsure": list(pair.unsure),
                 "index": None if pair.index is None else dict(zip(("mean", "low", "high"), pair.index, strict=True)),
             }
             for pair in evidence
@@ -212,20 +223,20 @@ def _property(pairs: Sequence[Evidence], of_pair: Any, nothing: str) -> dict[str
 
 
 def _specializes(pair: Evidence) -> tuple[str, str]:
-    unkept = _unkept(pair)
-    if unkept:
-        return unkept
+    doubt = _doubt(pair)
+    if doubt:
+        return doubt
     weights, sharing = _weights(pair)
     first, second = pair.tasks
     for mask, task, left in ((first, second, pair.other[0]), (second, first, pair.other[1])):
         if left is not None and left >= KEPT:
             return "fails", f"under the {mask} mask {_percent(left)} of {task} is left too"
-    if weights == "same":
-        return "fails", f"each function is kept under its own mask, but {sharing}"
     for mask, task, left in ((first, second, pair.other[0]), (second, first, pair.other[1])):
         if left is None or left > LOST:
             what = "cannot be measured" if left is None else f"is neither kept nor lost ({_percent(left)} is left)"
             return "undecided", f"under the {mask} mask {task} {what}"
+    if weights == "same":
+        return "undecided", f"each function is lost under the other's mask, but {sharing}"
     if weights != "different":
         return "undecided", sharing
     lost = " and ".join(_percent(left) for left in pair.other if left is not None)
@@ -233,14 +244,20 @@ def _specializes(pair: Evidence) -> tuple[str, str]:
 
 
 def _reuses(pair: Evidence) -> tuple[str, str]:
-    unkept = _unkept(pair)
-    if unkept:
-        return unkept
+    doubt = _doubt(pair)
+    if doubt:
+        return doubt
     weights, sharing = _weights(pair)
     return {"same": "holds", "different": "fails"}.get(weights, "undecided"), sharing
 
 
-def _unkept(pair: Evidence) -> tuple[str, str] | None:
+def _doubt(pair: Evidence) -> tuple[str, str] | None:
+    for task, unsure in zip(pair.tasks, pair.unsure, strict=True):
+        if unsure is not None and unsure > UNSURE:
+            return "undecided", (
+                f"the {task} mask is not settled: {_percent(unsure)} of its gates ended between keep probabilities of"
+                " 0.1 and 0.9, so it still keeps weights that no task needs. Train masks longer"
+            )
     for task, left in zip(pair.tasks, pair.own, strict=True):
         if left is None or left < KEPT:
             what = "cannot be measured" if left is None else f"only {_percent(left)} is left"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sublens import kernels
 from sublens.errors import SettingError
 from sublens.fit.settings import Settings
+from sublens.kernels import cpu
 
 
 def make_optimizer(settings: Settings, logits: Mapping[str, nn.Parameter]) -> Optimizer:
@@ -63,9 +65,57 @@ def describe_optimizer(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__name__}({'; '.join(groups)})"
 
 
+class Adam(torch.optim.Adam):
+    """PyTorch's fused Adam, which can also take a whole update of the logits in two passes over memory.
+
+    Its state is that of ``torch.optim.Adam``, and so are its results, but for rounding.
+    """
+
+    def __init__(self, logits: list[nn.Parameter], lr: float) -> None:
+        super().__init__(logits, lr=lr, fused=True)
+
+    def takes(self) -> bool:
+        """Whether :meth:`norms` and :meth:`update` can be used: logits and gradients are float32 data on the CPU."""
+        parameters = self.param_groups[0]["params"]
+        return kernels.fused() and all(
+            p.grad is not None and cpu.applies(p, p.grad) and p.is_contiguous() and p.grad.is_contiguous()
+            for p in parameters
+        )
+
+    def norms(self, constants: Sequence[float]) -> Tensor:
+        """Norm of each parameter's gradient, with a constant of its own added to each number."""
+        parameters = self.param_groups[0]["params"]
+        squares = [cpu.squares(p.grad, constant) for p, constant in zip(parameters, constants, strict=True)]
+        return torch.tensor(squares, dtype=torch.float64).sqrt()
+
+    @torch.no_grad()
+    def update(self, constants: Sequence[float], factor: float) -> None:
+        """Step with the gradients, each parameter's constant added and then multiplied by ``factor``."""
+        (group,) = self.param_groups
+        for parameter, constant in zip(group["params"], constants, strict=True):
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            cpu.adam(
+                parameter,
+                parameter.grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                step=int(state["step"]),
+                lr=group["lr"],
+                betas=group["betas"],
+                epsilon=group["eps"],
+                constant=constant,
+                factor=factor,
+            )
+            torch._C._increment_version([parameter])
+
+
 def _adam(parameters: list[nn.Parameter], lr: float) -> Optimizer:
     try:
-        # One pass over the logits where the device has it, the CPU included.
-        return torch.optim.Adam(parameters, lr=lr, fused=True)
-    except RuntimeError:
+        return Adam(parameters, lr)
+    except RuntimeError:  # a device without the fused kind
         return torch.optim.Adam(parameters, lr=lr)

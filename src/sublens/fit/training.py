@@ -19,6 +19,7 @@ from sublens.diagnosis import check_first_step
 from sublens.errors import NonFiniteError, SettingError
 from sublens.fit.batches import BatchSource, seed_torch
 from sublens.fit.checkpoint import RunFolder, State
+from sublens.fit.optimizers import Adam
 from sublens.fit.progress import Display
 from sublens.fit.ranks import Ranks
 from sublens.fit.settings import OWN_FIELDS, Record, Settings
@@ -270,6 +271,9 @@ def update(
         The penalty, the gradient norm of all logits before clipping, and the name of the first parameter whose logits
         have a gradient that is not finite. If there is one, nothing was updated.
     """
+    slopes = masked.penalty_slopes(alpha, settings.penalty)
+    if slopes is not None and isinstance(optimizer, Adam) and optimizer.takes():
+        return _update_in_two_passes(masked, optimizer, settings, alpha, list(slopes.values()))
     value = 0.0
     if alpha:
         penalty = masked.penalty(alpha, kind=settings.penalty)
@@ -285,12 +289,36 @@ def update(
         # Where each norm is finite and only their sum overflows, the largest is to blame.
         worst = int(torch.nan_to_num(norms, nan=math.inf).argmax())
         return value, norm, list(gradients)[worst]
-    # The formula of torch.nn.utils.clip_grad_norm_, which however passes over the gradients also when it does not clip.
-    if settings.clip is not None and (factor := settings.clip / (norm + 1e-6)) < 1:
+    if (factor := _clipping(settings, norm)) < 1:
         for gradient in gradients.values():
             gradient.mul_(factor)
     optimizer.step()
     return value, norm, None
+
+
+def _update_in_two_passes(
+    masked: MaskedNetwork,
+    optimizer: Adam,
+    settings: Settings,
+    alpha: float | dict[str, float],
+    constants: list[float],
+) -> tuple[float, float, str | None]:
+    """The same where the penalty's gradient is a constant: it is added while the gradients are read anyway."""
+    value = masked.penalty(alpha, kind=settings.penalty).item() if alpha else 0.0
+    norms = optimizer.norms(constants)
+    norm = torch.linalg.vector_norm(norms).item()
+    if not math.isfinite(norm):
+        return value, norm, list(masked.logits)[int(torch.nan_to_num(norms, nan=math.inf).argmax())]
+    optimizer.update(constants, _clipping(settings, norm))
+    return value, norm, None
+
+
+def _clipping(settings: Settings, norm: float) -> float:
+    """What gradients of that norm are multiplied by.
+
+    The formula of ``torch.nn.utils.clip_grad_norm_``, which passes over the gradients also when it does not clip.
+    """
+    return 1.0 if settings.clip is None else min(1.0, settings.clip / (norm + 1e-6))
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from sublens.groups import check_groups, group
 from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
 from sublens.inspection.network import load_network, prepared, save_network, train_network
 from sublens.mask import Mask
-from sublens.questions import Found, ask, keep_histogram
+from sublens.questions import Found, ask, keep_histogram, unsure_share
 from sublens.selection import match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
 
@@ -284,7 +284,8 @@ def _answers(
     if study.confusion is not None:
         answers["confusion"] = {"network": _confusion(study, net, None)}
         answers["confusion"] |= {name: _confusion(study, net, mask) for name, mask in asked.items()}
-    answers["verdict"] = _verdict(study, masks, answers, seed)
+    unsure = {name: unsure_share(counts) for name, counts in keep_probabilities.items()}
+    answers["verdict"] = _verdict(study, masks, answers, unsure, seed)
     found = Found(
         network=answers["network"]["accuracy"],
         masks=answers["masks"],
@@ -299,7 +300,9 @@ def _answers(
     return answers
 
 
-def _verdict(study: Study, masks: dict[str, Mask], answers: dict[str, Any], seed: int) -> dict[str, Any]:
+def _verdict(
+    study: Study, masks: dict[str, Mask], answers: dict[str, Any], unsure: dict[str, float], seed: int
+) -> dict[str, Any]:
     """Judge the paper's two properties; the rule stands in ``sublens.analysis.verdict``."""
     functions = {task.name: task.name for task in study.tasks} if study.functions is None else study.functions
     layers = None if study.compared is None else match_names(study.compared, masks[study.control.name].names)
@@ -313,6 +316,7 @@ def _verdict(study: Study, masks: dict[str, Mask], answers: dict[str, Any], seed
             name: {task: band["mean"] for task, band in entry.get("random_accuracy", {}).items()}
             for name, entry in answers["masks"].items()
         },
+        unsure=unsure,
         layers=layers,
         seed=seed_from(seed, "verdict") % 2**32,
     )

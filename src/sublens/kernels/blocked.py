@@ -1,22 +1,43 @@
-"""Linear layers under K samples at once, block of rows by block of rows.
+"""Linear layers under K samples at once, block of weights by block of weights.
 
-A masked weight never goes to main memory: a block of rows is masked for all K samples into a scratch that fits the
-cache, and is given to the matrix product at once. The backward pass redraws the same samples, and folds the K weight
-gradients of a block into the logits' gradient while they are in the cache.
+A masked weight never goes to main memory: a block is masked for each sample into a scratch that fits the cache, and is
+multiplied there. The backward pass redraws the same samples, and folds the K weight gradients of a block into the
+logits' gradient while they are in the cache. The products are our own (:func:`sublens.kernels.vector.product`),
+because a library's product first copies the weight into a layout of its own, which costs as much as masking it.
+
+Shapes: K samples, m rows in each sample's chunk, the weight is (out, in).
 """
 
+import functools
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from sublens.kernels import cpu
+from sublens.kernels import cpu, reference, threads
 from sublens.noise import Draw
 
-SCRATCH = 512 * 1024
-"""Elements of the scratch for one block of all samples; 2 MiB."""
+_VECTOR, _LONGEST = 8, 32  # rows of a piece: a multiple of the first, at most the second
 
 
-def _rows(samples: int, out_features: int, in_features: int) -> int:
-    return max(1, min(out_features, SCRATCH // max(1, samples * in_features)))
+def pieces(rows: int) -> tuple[int, int]:
+    """Into how many pieces of which length a chunk of that many rows is cut, so that few places stay empty."""
+    count = math.ceil(rows / _LONGEST)
+    return count, _VECTOR * math.ceil(rows / count / _VECTOR)
+
+
+@functools.cache
+def agrees() -> bool:
+    """Whether the loops, as they are compiled here, give the reference's masked weights; see :func:`cpu.agrees`."""
+    if not cpu.agrees():
+        return False
+    draw, like = Draw(seed=1, step=2, sample=0, parameter=4), torch.empty(0, dtype=torch.float32, device="cpu")
+    logits = torch.linspace(-3, 3, 50 * 300, dtype=like.dtype, device=like.device).view(50, 300)
+    weight, x = like.new_ones(50, 300), like.new_ones(2, 1, 300)
+    # Sums of ones are exact in float32, so they are equal or wrong.
+    expected = [reference.masked(weight, logits, Draw(1, 2, k, 4)).sum(1) for k in range(2)]
+    return torch.equal(forward(x, weight, logits, draw), torch.stack(expected).unsqueeze(1))
 
 
 def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
@@ -31,19 +52,15 @@ def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
     Returns:
         (K, m, out) float32.
     """
-    (samples, m, width), height = x.shape, weight.shape[0]
-    rows = _rows(samples, height, width)
-    scratch = x.new_empty(samples * rows * width)
-    y = x.new_empty(samples, m, height)
-    for top in range(0, height, rows):
-        size = min(rows, height - top)
-        block = scratch[: samples * size * width].view(samples, size, width)
-        cpu.walk(weight, logits, draw, masked=block, begin=top * width, samples=samples)
-        if size == height:
-            torch.bmm(x, block.transpose(1, 2), out=y)
-        else:
-            y[:, :, top : top + size] = torch.bmm(x, block.transpose(1, 2))
-    return y
+    samples, m, _ = x.shape
+    height = weight.shape[0]
+    loops = cpu.compiled("linear_loops")
+    packed, sums = _packed(x), x.new_empty(_packed_numbers(x, height))
+    p = _fields(x, weight, logits, draw)
+    p[loops.INPUTS], p[loops.GRADIENT] = packed.data_ptr(), sums.data_ptr()
+    p[loops.WIDE] = loops.COLUMNS
+    _run(loops.forward, p, x, weight)
+    return _unpacked(sums, samples, m, height)
 
 
 def backward(
@@ -62,28 +79,63 @@ def backward(
     Returns:
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
     """
-    samples, width, height = x.shape[0], x.shape[2], weight.shape[0]
-    rows = _rows(2 * samples, height, width)
-    weight_gradients = x.new_empty(samples * rows * width)
-    scratch = x.new_empty(samples * rows * width) if wants_x else None
-    of_logits = torch.empty_like(logits)
-    of_x = x.new_zeros(x.shape) if wants_x else None
-    for top in range(0, height, rows):
-        size = min(rows, height - top)
-        part = gradient[:, :, top : top + size]
-        products = weight_gradients[: samples * size * width].view(samples, size, width)
-        torch.bmm(part.transpose(1, 2), x, out=products)
-        block = None if scratch is None else scratch[: samples * size * width].view(samples, size, width)
-        cpu.walk(
-            weight,
-            logits,
-            draw,
-            masked=block,
-            gradient=products,
-            result=of_logits[top : top + size],
-            begin=top * width,
-            samples=samples,
-        )
-        if of_x is not None and block is not None:
-            of_x.baddbmm_(part, block)
-    return of_x, of_logits
+    samples, m, width = x.shape
+    loops = cpu.compiled("linear_loops")
+    count, length = pieces(m)
+    panels = x.new_empty(samples * math.ceil(width / loops.PANEL) * count * length * loops.PANEL)
+    _pack(loops.panels, x, panels, x.shape)
+    packed, of_logits = _packed(gradient), torch.empty_like(logits)
+    of_x = x.new_empty(_packed_numbers(x, width)) if wants_x else None
+    p = _fields(x, weight, logits, draw)
+    p[loops.GRADIENT], p[loops.RESULT] = packed.data_ptr(), of_logits.data_ptr()
+    p[loops.PANELS], p[loops.INPUTS] = panels.data_ptr(), 0 if of_x is None else of_x.data_ptr()
+    p[loops.WANTS] = wants_x
+    # At least two blocks of columns for each thread.
+    wide = math.ceil(width / (2 * torch.get_num_threads()) / loops.PANEL) * loops.PANEL
+    p[loops.WIDE] = min(loops.COLUMNS, wide)
+    _run(loops.backward, p, x, weight)
+    return None if of_x is None else _unpacked(of_x, samples, m, width), of_logits
+
+
+def _fields(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> np.ndarray:
+    loops = cpu.compiled("linear_loops")
+    p = np.zeros(loops.LINEAR_FIELDS, np.int64)
+    p[loops.WEIGHT], p[loops.LOGITS], p[loops.SAMPLES] = weight.data_ptr(), logits.data_ptr(), x.shape[0]
+    p[loops.HEIGHT], p[loops.ACROSS] = weight.shape
+    p[loops.PIECES], p[loops.LENGTH] = pieces(x.shape[1])
+    cpu.name(p, draw)
+    return p
+
+
+def _run(loop: object, p: np.ndarray, x: Tensor, weight: Tensor) -> None:
+    loops = cpu.compiled("linear_loops")
+    parallel = x.shape[0] * x.shape[1] * weight.numel() >= _SMALL
+    scratch = torch.empty(loops.SCRATCH_BYTES * (torch.get_num_threads() if parallel else 1), dtype=torch.uint8)
+    p[loops.SCRATCH] = scratch.data_ptr()
+    threads.run(loop.address, p.ctypes.data, parallel=parallel)  # type: ignore[attr-defined]
+
+
+_SMALL = 100_000
+"""Products below which one thread is faster than waking the others."""
+
+
+def _packed_numbers(x: Tensor, width: int) -> int:
+    count, length = pieces(x.shape[1])
+    return x.shape[0] * count * length * width
+
+
+def _packed(x: Tensor) -> Tensor:
+    packed = x.new_empty(_packed_numbers(x, x.shape[2]))
+    _pack(cpu.compiled("linear_loops").pack, x, packed, x.shape)
+    return packed
+
+
+def _unpacked(packed: Tensor, samples: int, m: int, width: int) -> Tensor:
+    y = packed.new_empty(samples, m, width)
+    _pack(cpu.compiled("linear_loops").unpack, packed, y, y.shape)
+    return y
+
+
+def _pack(loop: object, source: Tensor, target: Tensor, shape: torch.Size) -> None:
+    p = np.array([0, source.data_ptr(), target.data_ptr(), *shape, *pieces(shape[1])], np.int64)
+    threads.run(loop.address, p.ctypes.data, parallel=shape.numel() >= _SMALL)  # type: ignore[attr-defined]

@@ -1,14 +1,17 @@
 """The fused CPU path: the reference's results in one pass over memory (:mod:`sublens.kernels.loops`)."""
 
 import functools
+import importlib
 import logging
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sublens.kernels import threads
+from sublens.kernels import reference, threads
+from sublens.kernels.reference import LOGIT_BOUND
 from sublens.noise import Draw
 
 _SMALL = 32_768
@@ -18,12 +21,39 @@ log = logging.getLogger("sublens")
 
 
 @functools.cache
-def _loops() -> Any:
+def compiled(module: str = "loops") -> Any:
+    """A module of compiled loops: ``"loops"``, ``"linear_loops"`` or ``"updates"``."""
     # Imported at first use: Numba takes a second to load, and the first time ever some ten to compile.
     log.info("sublens: loading the fused CPU kernels (the first time on a machine they are compiled, then cached)")
-    from sublens.kernels import loops
+    return importlib.import_module(f"sublens.kernels.{module}")
 
-    return loops
+
+def name(p: "np.ndarray", draw: Draw) -> None:
+    """Write what names a draw into the fields that a loop is given."""
+    loops = compiled()
+    p[loops.KEY : loops.KEY + 4] = draw.key()
+    p[loops.COUNTER : loops.COUNTER + 3] = (draw.sample, *draw.counter()[1:])
+
+
+@functools.cache
+def agrees() -> bool:
+    """Whether the loops, as they are compiled here, give the reference's samples bit for bit.
+
+    They are checked once in each process: code that was compiled on another processor or from other files and then
+    found in a cache, or a compiler that fuses what must be rounded, would otherwise change masks without a word.
+    """
+    draw = Draw(seed=1, step=2, sample=3, parameter=4)
+    logits = torch.linspace(-LOGIT_BOUND, LOGIT_BOUND, 1500, dtype=torch.float32, device="cpu")
+    weight = torch.linspace(1, 2, 1500, dtype=torch.float32, device="cpu")
+    found = torch.empty_like(weight)
+    walk(weight, logits, draw, masked=found)
+    same = torch.equal(found, reference.masked(weight, logits, draw)) and sys.byteorder == "little"
+    if not same:
+        log.warning(
+            "sublens: the fused CPU kernels do not give the reference's samples on this machine and are not used. "
+            "Remove Numba's cache (the __pycache__ of sublens/kernels) if another version of sublens was here before."
+        )
+    return same
 
 
 def applies(weight: Tensor, logits: Tensor) -> bool:
@@ -33,7 +63,11 @@ def applies(weight: Tensor, logits: Tensor) -> bool:
     inside a function transform, lazily negated ones), go the reference's way.
     """
     return (
-        not torch.compiler.is_compiling() and weight.numel() > 0 and _has_plain_data(weight) and _has_plain_data(logits)
+        not torch.compiler.is_compiling()
+        and weight.numel() > 0
+        and _has_plain_data(weight)
+        and _has_plain_data(logits)
+        and agrees()
     )
 
 
@@ -75,7 +109,7 @@ def walk(
         begin: first element of the run; the run's length is that of ``masked`` or ``gradient`` over ``samples``.
         samples: number of samples K.
     """
-    loops = _loops()
+    loops = compiled()
     like = masked if masked is not None else gradient
     if like is None:
         raise ValueError("walk() has nothing to do: give masked, or gradient and result.")
@@ -93,8 +127,7 @@ def walk(
         samples,
         count,
     )
-    p[10:14] = draw.key()
-    p[14:17] = (draw.sample, *draw.counter()[1:])
+    name(p, draw)
     threads.run(loops.walk.address, p.ctypes.data, parallel=count * samples >= _SMALL)
 
 
@@ -110,3 +143,61 @@ def logit_gradient(gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw)
     out = torch.empty(logits.shape, dtype=torch.float32)
     walk(weight.contiguous(), logits.contiguous(), draw, gradient=gradient.resolve_neg().contiguous(), result=out)
     return out
+
+
+def squares(gradient: Tensor, constant: float) -> float:
+    """Sum of the squares of a gradient with a constant added to each of its numbers.
+
+    Args:
+        gradient: contiguous float32.
+        constant: in float32.
+
+    Returns:
+        the sum, to some 1e-5 of it. It is the same for any number of threads.
+    """
+    updates = compiled("updates")
+    sums = np.zeros(-(-gradient.numel() // updates.CHUNK))
+    p = np.zeros(updates.UPDATE_FIELDS, np.int64)
+    p[updates.SLOPES], p[updates.SIZE], p[updates.SUMS] = gradient.data_ptr(), gradient.numel(), sums.ctypes.data
+    p.view(np.float64)[updates.CONSTANT] = constant
+    threads.run(updates.squares.address, p.ctypes.data, parallel=gradient.numel() >= _SMALL)
+    return float(sums.sum())
+
+
+def adam(
+    values: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    mean_square: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    constant: float,
+    factor: float,
+) -> None:
+    """One step of Adam (Kingma and Ba, 2015, algorithm 1), in place, for the gradient ``(gradient + constant) factor``.
+
+    Args:
+        values: what is trained; contiguous float32.
+        gradient: likewise; read only.
+        mean: running average of the gradient; likewise, written.
+        mean_square: that of its square; likewise, written.
+        step: number of this step, from 1.
+        lr: learning rate.
+        betas: decay of the two averages.
+        epsilon: added to the root of the second.
+        constant: added to each number of the gradient.
+        factor: what the sum is multiplied by.
+    """
+    updates = compiled("updates")
+    p = np.zeros(updates.UPDATE_FIELDS, np.int64)
+    p[updates.VALUES], p[updates.SLOPES] = values.data_ptr(), gradient.data_ptr()
+    p[updates.MEANS], p[updates.MEAN_SQUARES] = mean.data_ptr(), mean_square.data_ptr()
+    p[updates.SIZE] = values.numel()
+    f = p.view(np.float64)
+    f[updates.RATE], f[updates.ROOT] = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
+    f[updates.BETA_1], f[updates.BETA_2], f[updates.EPSILON] = *betas, epsilon
+    f[updates.CONSTANT], f[updates.FACTOR] = constant, factor
+    threads.run(updates.adam.address, p.ctypes.data, parallel=values.numel() >= _SMALL)

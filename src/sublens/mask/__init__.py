@@ -2,6 +2,5 @@
 
 from sublens.mask.identity import binarise, fingerprint
 from sublens.mask.mask import Mask
-from sublens.mask.random_bits import random_bits
 
-__all__ = ["Mask", "binarise", "fingerprint", "random_bits"]
+__all__ = ["Mask", "binarise", "fingerprint"]

@@ -283,6 +283,8 @@ def _picture(picture: Picture, name: str) -> Drawing:
         figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
         axes.set_xlabel(picture.column_label)
         axes.set_ylabel(picture.row_label)
+        axes.set_xticks([])  # what is shown may be a part of the rows and columns, so that their numbers mean nothing
+        axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_visible(False)
         return drawn(figure, name)

@@ -15,8 +15,8 @@ Record = dict[str, float]
 """One line of the history: what was recorded at a step. ``step`` is always there."""
 
 PROPERTIES = {
-    "specialize": "P_specialize: different functions use different weights",
-    "reuse": "P_reuse: the same function uses the same weights",
+    "specialize": "P_specialize (different functions use different weights)",
+    "reuse": "P_reuse (the same function uses the same weights)",
 }
 
 MEASURES = ("iou", "iomin", "shared")

@@ -47,6 +47,11 @@ _BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "Commands and actions (SCAN) in LSTMs: does a mask trained without some combinations still know them?",
         ),
         "scan-transformer": ("sublens.studies.scan", "transformer", "The same in a Transformer."),
+        "probe": (
+            "sublens.studies.probe",
+            "study",
+            "Number and tense in a pretrained sentence encoder: which weights make them readable? (sublens[probe])",
+        ),
     }
 )
 

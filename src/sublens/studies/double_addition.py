@@ -70,6 +70,7 @@ def study(preset: str = "quick", *, widths: Sequence[int] | None = None, copied:
         network=lambda seed: feed_forward(INPUTS, widths, OUTPUTS),
         alone=True,
         prepare=_copy_ends if copied else None,
+        compared=[f"{2 * layer}.weight" for layer in range(1, len(widths))] or None,  # the hidden layers
         alpha=4e-4,
         settings={"widths": list(widths), "copied": copied},
     )
@@ -108,8 +109,15 @@ def recurrent(preset: str = "quick", *, mode: str = "together", width: int = 256
         alone=False,
         settings={"mode": mode, "width": width, "layers": layers},
         first_half=early,
+        compared=[name for layer in range(layers) for name in _shared(layer)],
         **(_QUICK_LSTM if preset == "quick" else {}),
     )
+
+
+def _shared(layer: int) -> list[str]:
+    """Return the weights of an LSTM's layer that no pair has for itself: all but those that read the input."""
+    kinds = ("hh",) if layer == 0 else ("ih", "hh")
+    return [f"lstm.weight_{kind}_l{layer}" for kind in kinds]
 
 
 def _copy_ends(network: nn.Module) -> nn.Module:

@@ -1,0 +1,314 @@
+"""The loops of a linear layer under K samples, compiled by Numba: mask, multiply and fold, block by block in the cache.
+
+A block of weights has its thresholds computed and its noise drawn once; its masked weights live in a scratch that fits
+the second-level cache, and so does what they are multiplied with.
+"""
+
+from typing import Any
+
+from numba import carray, cfunc, types
+
+from sublens.kernels.loops import (
+    COUNTER,
+    GRADIENT,
+    INT,
+    LOGITS,
+    PAIR,
+    RESULT,
+    SAMPLES,
+    WEIGHT,
+    WORDS,
+    draw_run,
+    f32,
+    fill,
+    fold,
+    gates,
+    i32,
+    i64,
+    loop,
+    mask,
+    times,
+    u16,
+)
+from sublens.kernels.vector import WIDTH, fetch, pointer, product, take, transpose
+from sublens.noise import LEVELS, PATTERNS, TILE
+
+# A product works on a block of ROWS x COLUMNS weights. Its tables and masked weights, and the sums of the inputs'
+# gradient that it adds to, fill about two thirds of a second-level cache of 512 KiB.
+ROWS, COLUMNS = 48, 256
+_PITCH = COLUMNS + 16  # of a block's rows: not a power of two, or the rows would fight for the same lines of the cache
+_DRAWN = COLUMNS + 2 * TILE  # draws of a row: whole tiles, so more than the row at both ends
+_SLICE, _STRIP = 96, 24  # columns whose masked weights stay in the first-level cache, forward and backward
+PANEL = 32  # columns of the inputs' layout for the weight gradient
+
+INPUTS, SCRATCH, THREAD, PANELS = 3, 6, 7, 9
+HEIGHT, ACROSS, PIECES, LENGTH, WIDE, WANTS = range(17, 23)
+LINEAR_FIELDS = 23
+"""Beside those of :mod:`sublens.kernels.loops`. INPUTS, GRADIENT and PANELS are
+addresses of packed data; SCRATCH is that of SCRATCH_BYTES for each thread, THREAD the next thread's number. The weight
+is HEIGHT x ACROSS, each sample's chunk is PIECES pieces of LENGTH rows, a thread takes WIDE columns at a time, and
+WANTS says whether the gradient of the inputs is wanted."""
+
+
+@loop(*[INT] * 6)
+def fold_pair(total: Any, gradients: Any, drawn: Any, odds: Any, pattern: Any, distance: Any) -> None:
+    """:func:`fold` for a panel's row of two antithetic samples, with one division.
+
+    Where the first sample has a and b, the second has b and a. The second's gradients lie ``distance`` numbers on.
+    """
+    s, g = carray(pointer(total), (PANEL,), f32), carray(pointer(gradients), (PANEL,), f32)
+    h = carray(pointer(gradients + 4 * distance), (PANEL,), f32)
+    k, o = carray(pointer(drawn), (PANEL,), u16), carray(pointer(odds), (PANEL,), f32)
+    c = u16(pattern)
+    for j in range(PANEL):
+        a = f32(2 * i32(u16(k[j] ^ c)) + 1)
+        b = f32(2 * LEVELS) - a
+        d, e = a * o[j] + b, b * o[j] + a
+        both = d * e
+        # At the bound of the logits, both^2 is 4e36, and still a float32.
+        s[j] += (g[j] * (e * e) + h[j] * (d * d)) * (a * b * o[j] / (both * both))
+
+
+@loop(INT, INT, INT, INT, INT, INT)
+def _turn(source: Any, source_r: Any, target: Any, target_r: Any, rows: Any, columns: Any) -> None:
+    """Write the transpose of ``rows`` x ``columns`` numbers."""
+    whole, across = rows - rows % WIDTH, columns - columns % WIDTH
+    for r in range(0, whole, WIDTH):
+        for c in range(0, across, WIDTH):
+            transpose(source + 4 * (r * source_r + c), source_r, target + 4 * (c * target_r + r), target_r)
+    s = carray(pointer(source), ((rows - 1) * source_r + columns,), f32)
+    t = carray(pointer(target), ((columns - 1) * target_r + rows,), f32)
+    for r in range(rows):
+        for c in range(across if r < whole else 0, columns):
+            t[c * target_r + r] = s[r * source_r + c]
+
+
+# Fields of a packing.
+SOURCE, TARGET, CHUNKS, CHUNK, ROW, PARTS, PART = 1, 2, 3, 4, 5, 6, 7
+PACK_FIELDS = 8
+"""CHUNKS x CHUNK rows of ROW numbers at SOURCE; each chunk becomes PARTS pieces of PART rows, of which the last may be
+filled up with zeros."""
+
+
+@loop(WORDS)
+def _pack(p: Any) -> None:
+    """(chunk, row, column) to (chunk, piece, column, row of the piece)."""
+    width, part, parts, chunk = p[ROW], p[PART], p[PARTS], p[CHUNK]
+    columns = (width + PANEL - 1) // PANEL
+    while True:
+        unit = take(p.ctypes.data, 1)
+        if unit >= p[CHUNKS] * parts * columns:
+            break
+        piece, c = unit // columns, unit % columns * PANEL
+        first = piece % parts * part
+        rows = max(0, min(part, chunk - first))
+        size = min(PANEL, width - c)
+        target = p[TARGET] + 4 * (piece * width + c) * part
+        if rows < part:
+            fill(target, size * part, f32(0.0))
+        if rows > 0:
+            source = p[SOURCE] + 4 * ((piece // parts * chunk + first) * width + c)
+            _turn(source, width, target, part, rows, size)
+
+
+@loop(WORDS)
+def _unpack(p: Any) -> None:
+    """The way back: SOURCE is packed."""
+    width, part, parts, chunk = p[ROW], p[PART], p[PARTS], p[CHUNK]
+    columns = (width + PANEL - 1) // PANEL
+    while True:
+        unit = take(p.ctypes.data, 1)
+        if unit >= p[CHUNKS] * parts * columns:
+            break
+        piece, c = unit // columns, unit % columns * PANEL
+        first = piece % parts * part
+        rows = max(0, min(part, chunk - first))
+        size = min(PANEL, width - c)
+        if rows > 0:
+            target = p[TARGET] + 4 * ((piece // parts * chunk + first) * width + c)
+            _turn(p[SOURCE] + 4 * (piece * width + c) * part, part, target, width, size, rows)
+
+
+@loop(WORDS)
+def _panels(p: Any) -> None:
+    """(chunk, row, column) to (chunk, panel, row, column of the panel), rows and columns filled up with zeros."""
+    width, chunk, rows = p[ROW], p[CHUNK], p[PARTS] * p[PART]
+    panels = (width + PANEL - 1) // PANEL
+    while True:
+        unit = take(p.ctypes.data, 1)
+        if unit >= p[CHUNKS] * panels:
+            break
+        k, c = unit // panels, unit % panels * PANEL
+        size = min(PANEL, width - c)
+        s = carray(pointer(p[SOURCE] + 4 * (k * chunk * width + c)), ((chunk - 1) * width + size,), f32)
+        t = carray(pointer(p[TARGET] + 4 * unit * rows * PANEL), (rows * PANEL,), f32)
+        for r in range(rows):
+            for j in range(PANEL):
+                t[r * PANEL + j] = s[r * width + j] if r < chunk and j < size else f32(0.0)
+
+
+@loop(*[INT] * 5, WORDS)
+def _ahead(top: Any, left: Any, call: Any, calls: Any, rows: Any, p: Any) -> None:
+    """Fetch a share of the weights and logits that come next, while products keep the processor busy."""
+    across = p[ACROSS]
+    size = min(p[WIDE], across - left)
+    for r in range(call * rows // calls, (call + 1) * rows // calls):
+        element = 4 * ((top + r) * across + left)
+        fetch(p[WEIGHT] + element, size)
+        fetch(p[LOGITS] + element, size)
+
+
+# Scratch of a thread, in bytes from its beginning.
+_ODDS = 0
+_TOTAL = _ODDS + 4 * ROWS * _PITCH
+_BLOCK = _TOTAL + 4 * ROWS * _PITCH
+_TILES = _BLOCK + 4 * ROWS * _PITCH
+_LIMITS = _TILES + 2 * 4 * ROWS * PANEL
+_DRAWS = _LIMITS + 2 * ROWS * _PITCH
+SCRATCH_BYTES = _DRAWS + 2 * ROWS * _DRAWN + 4096
+
+
+@loop(INT, INT, INT, INT, INT, INT, WORDS)
+def _draw_block(scratch: Any, pair: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
+    for r in range(rows):
+        draw_run(scratch + _DRAWS + 2 * r * _DRAWN, (top + r) * p[ACROSS] + left, size, pair, p)
+
+
+@loop(INT, INT, INT, INT, INT, INT, WORDS)
+def _mask_block(scratch: Any, sample: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
+    pattern = PATTERNS[sample % PAIR]
+    for r in range(rows):
+        element = (top + r) * p[ACROSS] + left
+        k = scratch + _DRAWS + 2 * (r * _DRAWN + element % TILE)
+        limits = scratch + _LIMITS + 2 * r * _PITCH
+        mask(scratch + _BLOCK + 4 * r * _PITCH, p[WEIGHT] + 4 * element, k, limits, pattern, size)
+
+
+@loop(WORDS)
+def _forward(p: Any) -> None:
+    height, across, samples, wide = p[HEIGHT], p[ACROSS], p[SAMPLES], p[WIDE]
+    pieces, length = p[PIECES], p[LENGTH]
+    scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * SCRATCH_BYTES
+    while True:
+        top = take(p.ctypes.data, 1) * ROWS
+        if top >= height:
+            break
+        rows = min(ROWS, height - top)
+        for left in range(0, across, wide):
+            size = min(wide, across - left)
+            call, calls = 0, samples * pieces * ((size + _SLICE - 1) // _SLICE)
+            for r in range(rows):
+                gates(scratch + _LIMITS + 2 * r * _PITCH, 0, p[LOGITS] + 4 * ((top + r) * across + left), size)
+            for i in range(samples):
+                sample = p[COUNTER] + i
+                if i == 0 or sample % PAIR == 0:
+                    _draw_block(scratch, sample // PAIR, top, left, rows, size, p)
+                _mask_block(scratch, sample, top, left, rows, size, p)
+                for c in range(0, size, _SLICE):
+                    for part in range(pieces):
+                        piece = i * pieces + part
+                        x = p[INPUTS] + 4 * (piece * across + left + c) * length
+                        y = p[GRADIENT] + 4 * (piece * height + top) * length
+                        product(length // WIDTH, rows, scratch + _BLOCK + 4 * c, 1, _PITCH, 0, x, length, 0, y, length,
+                                min(_SLICE, size - c), 1, left + c == 0)  # fmt: skip
+                        if left + wide < across:
+                            _ahead(top, left + wide, call, calls, rows, p)
+                        call += 1
+
+
+@loop(WORDS)
+def _backward(p: Any) -> None:
+    height, across, samples, wide = p[HEIGHT], p[ACROSS], p[SAMPLES], p[WIDE]
+    pieces, length = p[PIECES], p[LENGTH]
+    panels = (across + PANEL - 1) // PANEL
+    scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * SCRATCH_BYTES
+    odds, limits, draws, total = scratch + _ODDS, scratch + _LIMITS, scratch + _DRAWS, scratch + _TOTAL
+    tiles = scratch + _TILES
+    while True:
+        left = take(p.ctypes.data, 1) * wide
+        if left >= across:
+            break
+        size = min(wide, across - left)
+        for top in range(0, height, ROWS):
+            rows = min(ROWS, height - top)
+            for r in range(rows):
+                element = (top + r) * across + left
+                gates(limits + 2 * r * _PITCH, odds + 4 * r * _PITCH, p[LOGITS] + 4 * element, size)
+            fill(total, rows * _PITCH, f32(0.0))
+            call, calls = 0, samples * ((size + PANEL - 1) // PANEL)
+            i = 0
+            while i < samples:
+                sample = p[COUNTER] + i
+                if i == 0 or sample % PAIR == 0:
+                    _draw_block(scratch, sample // PAIR, top, left, rows, size, p)
+                together = 2 if sample % 2 == 0 and i + 1 < samples else 1
+                for c in range(0, size, PANEL):
+                    for k in range(i, i + together):
+                        g = p[GRADIENT] + 4 * (k * pieces * height + top) * length
+                        x = p[PANELS] + 4 * (k * panels + (left + c) // PANEL) * pieces * length * PANEL
+                        product(PANEL // WIDTH, rows, g, 1, length, height * length, x, PANEL, length * PANEL,
+                                tiles + 4 * (k - i) * ROWS * PANEL, PANEL, length, pieces, 1)  # fmt: skip
+                        if top + ROWS < height:
+                            _ahead(top + ROWS, left, call, calls, min(ROWS, height - top - ROWS), p)
+                        call += 1
+                    # Of a panel beyond the weight's last column the rest is computed too, from whatever the tables
+                    # hold there, and never read.
+                    for r in range(rows):
+                        drawn = draws + 2 * (r * _DRAWN + ((top + r) * across + left) % TILE + c)
+                        at, tile = 4 * (r * _PITCH + c), tiles + 4 * r * PANEL
+                        if together == 2:
+                            fold_pair(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], ROWS * PANEL)
+                        else:
+                            fold(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
+                if p[WANTS] != 0:
+                    for k in range(i, i + together):
+                        _mask_block(scratch, p[COUNTER] + k, top, left, rows, size, p)
+                        for c in range(0, size, _STRIP):
+                            for part in range(pieces):
+                                piece = k * pieces + part
+                                g = p[GRADIENT] + 4 * (piece * height + top) * length
+                                x = p[INPUTS] + 4 * (piece * across + left + c) * length
+                                product(length // WIDTH, min(_STRIP, size - c), scratch + _BLOCK + 4 * c, _PITCH, 1, 0,
+                                        g, length, 0, x, length, rows, 1, top == 0)  # fmt: skip
+                i += together
+            for r in range(rows):
+                element = 4 * ((top + r) * across + left)
+                times(p[RESULT] + element, total + 4 * r * _PITCH, p[WEIGHT] + element, size)
+
+
+@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
+def pack(address: Any) -> None:
+    """(chunk, row, column) to (chunk, piece, column, row of the piece); see PACK_FIELDS. On many threads at once."""
+    _pack(carray(address, (PACK_FIELDS,), i64))
+
+
+@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
+def unpack(address: Any) -> None:
+    """The way back from :func:`pack`: SOURCE is packed."""
+    _unpack(carray(address, (PACK_FIELDS,), i64))
+
+
+@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
+def panels(address: Any) -> None:
+    """(chunk, row, column) to (chunk, panel of 32 columns, row, column of the panel), filled up with zeros."""
+    _panels(carray(address, (PACK_FIELDS,), i64))
+
+
+@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
+def forward(address: Any) -> None:
+    """Each sample's INPUTS times its masked weight, to GRADIENT; both packed. On many threads at once.
+
+    A thread takes blocks of ROWS rows, so every output is summed by one thread, in one order.
+    """
+    _forward(carray(address, (LINEAR_FIELDS,), i64))
+
+
+@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
+def backward(address: Any) -> None:
+    """Gradients of :func:`forward`, on many threads at once.
+
+    GRADIENT is that of the outputs, packed; PANELS are the inputs in panels. Written are RESULT, the gradient of the
+    logits, and, if WANTS, INPUTS, that of the inputs, packed. A thread takes blocks of WIDE columns and all their rows,
+    so every number is summed by one thread, in one order.
+    """
+    _backward(carray(address, (LINEAR_FIELDS,), i64))

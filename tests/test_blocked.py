@@ -1,0 +1,161 @@
+"""Linear layers under K samples at once, against masked weights of the reference and float64 products.
+
+Tolerance: a sum of n products in float32 is off by at most n roundings of the sum of their magnitudes, and typically by
+the square root of n; 2**-24 sqrt(n) times 16, taken of that sum, leaves room for every case here. Gradients of logits
+have some ten operations more.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sublens.kernels import blocked, cpu, reference
+from sublens.noise import Draw
+
+DRAW = Draw(seed=3, step=11, sample=0, parameter=0x0123456789ABCDEF)
+ROUNDING = 16 * 2.0**-24
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(samples: int, m: int, width: int, height: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, weight, logits over and beyond the bound, gradient of the outputs."""
+    weight, logits = normal(height, width, seed=1), 4 * normal(height, width, seed=2)
+    return normal(samples, m, width), weight, logits, normal(samples, m, height, seed=3)
+
+
+def sample_of(draw: Draw, number: int) -> Draw:
+    return Draw(draw.seed, draw.step, draw.sample + number, draw.parameter)
+
+
+def assert_near(found: Tensor, expected: Tensor, magnitude: Tensor, terms: int) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    limit = ROUNDING * math.sqrt(terms) * magnitude + 1e-30
+    assert bool(((found.double() - expected).abs() <= limit).all())
+
+
+def assert_agrees(samples: int, m: int, width: int, height: int, draw: Draw = DRAW) -> None:
+    x, weight, logits, gradient = problem(samples, m, width, height)
+    y = blocked.forward(x, weight, logits, draw)
+    of_x, of_logits = blocked.backward(gradient, x, weight, logits, draw, wants_x=True)
+    nothing, alone = blocked.backward(gradient, x, weight, logits, draw, wants_x=False)
+    assert of_x is not None
+    assert nothing is None
+    assert torch.equal(alone, of_logits)
+    total, magnitude = torch.zeros(height, width).double(), torch.zeros(height, width).double()
+    for k in range(samples):
+        masked = reference.masked(weight, logits, sample_of(draw, k)).double()
+        inputs, grad = x[k].double(), gradient[k].double()
+        assert_near(y[k], inputs @ masked.T, inputs.abs() @ masked.abs().T, width)
+        assert_near(of_x[k], grad @ masked, grad.abs() @ masked.abs(), height)
+        slope = weight.double() * reference.slope(logits, sample_of(draw, k), 1.0).double()
+        total += grad.T @ inputs * slope
+        magnitude += grad.abs().T @ inputs.abs() * slope.abs()
+    assert_near(of_logits, total, magnitude, samples * (m + 10))
+
+
+@pytest.mark.parametrize("m", [1, 8, 16, 24, 31, 32, 33, 40, 72, 128])
+@pytest.mark.parametrize("samples", [1, 2, 3, 4])
+def test_agrees_for_every_size_of_a_chunk(samples: int, m: int) -> None:
+    assert_agrees(samples, m, 70, 53)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(1, 1), (1, 100), (100, 1), (31, 48), (32, 47), (33, 49), (256, 96), (257, 97), (600, 20)]
+)
+def test_agrees_around_the_edges_of_blocks(width: int, height: int) -> None:
+    assert_agrees(4, 9, width, height)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 300), st.integers(1, 110), st.integers(0, 5))
+@example(samples=3, m=2, width=64, height=3, first=1)
+def test_agrees_for_any_sizes_and_first_sample(samples: int, m: int, width: int, height: int, first: int) -> None:
+    assert_agrees(samples, m, width, height, sample_of(DRAW, first))
+
+
+def test_antithetic_pairs_fold_as_single_samples_do_at_the_bound_of_logits() -> None:
+    x, weight, _, gradient = problem(2, 8, 96, 40)
+    for logit in (-50.0, -10.0, 10.0, 50.0):
+        logits = torch.full_like(weight, logit)
+        _, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=False)
+        expected, magnitude = torch.zeros(40, 96).double(), torch.zeros(40, 96).double()
+        for k in range(2):
+            term = weight.double() * reference.slope(logits, sample_of(DRAW, k), 1.0).double()
+            expected += gradient[k].double().T @ x[k].double() * term
+            magnitude += gradient[k].abs().double().T @ x[k].abs().double() * term.abs()
+        assert_near(of_logits, expected, magnitude, 20)
+        assert bool(of_logits.isfinite().all())
+        assert bool((of_logits != 0).any())
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    before = torch.get_num_threads()
+    x, weight, logits, gradient = problem(4, 32, 700, 500)
+    found = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            y = blocked.forward(x, weight, logits, DRAW)
+            of_x, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True)
+            assert of_x is not None
+            found.append((y, of_x, of_logits))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_what_is_not_a_number_in_one_place_stays_there() -> None:
+    x, weight, logits, gradient = problem(2, 8, 40, 30)
+    weight[3, 5] = torch.nan
+    logits[:] = 40.0  # open
+    _, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True)
+    assert bool(of_logits[3, 5].isnan())
+    assert int(of_logits.isnan().sum()) == 1
+    y = blocked.forward(x, weight, logits, DRAW)
+    assert bool(y[:, :, 3].isnan().all())
+    assert int(y.isnan().sum()) == y[:, :, 3].numel()
+
+
+@pytest.mark.parametrize("rows", [*range(1, 70), 128, 1000])
+def test_pieces_hold_all_rows_and_waste_few(rows: int) -> None:
+    count, length = blocked.pieces(rows)
+    assert length % 8 == 0
+    assert 8 <= length <= 32
+    assert 0 <= count * length - rows < 8 * count
+
+
+def test_fused_loops_are_trusted_only_where_they_give_the_reference() -> None:
+    assert cpu.agrees()
+    assert blocked.agrees()
+
+
+def test_squares_and_adam_are_the_same_on_many_threads_and_near_float64() -> None:
+    before = torch.get_num_threads()
+    gradient, found = normal(100_003, seed=5), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            values, mean, mean_square = normal(100_003), 0.1 * normal(100_003, seed=1), normal(100_003, seed=2) ** 2
+            state = [tensor.double().numpy() for tensor in (values, mean, mean_square)]
+            cpu.adam(values, gradient, mean, mean_square, step=7, lr=0.02, betas=(0.9, 0.99), epsilon=1e-8,
+                     constant=0.125, factor=0.5)  # fmt: skip
+            found.append((values, mean, mean_square, cpu.squares(gradient, 0.125)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(found[0][:3], found[1][:3], strict=True))
+    assert found[0][3] == found[1][3] == pytest.approx((gradient.double() + 0.125).square().sum().item(), rel=1e-5)
+    slope = (gradient.double().numpy() + 0.125) * 0.5
+    mean64, square64 = 0.9 * state[1] + 0.1 * slope, 0.99 * state[2] + 0.01 * slope**2
+    step = 0.02 * mean64 / (1 - 0.9**7) / ((square64 / (1 - 0.99**7)) ** 0.5 + 1e-8)
+    # A step is off by some ten roundings of itself, the value by one of its own.
+    error = abs(found[0][0].double().numpy() - (state[0] - step))
+    assert bool((error <= 2e-6 * abs(step) + 2.0**-23 * abs(state[0]) + 1e-9).all())
