@@ -458,21 +458,25 @@ def test_other_layouts_and_dtypes_of_a_weight() -> None:
     assert grouping.total(half, weight.bfloat16()).dtype == torch.float32
 
 
-def test_no_full_sized_logits_exist_in_a_step() -> None:
+@pytest.mark.parametrize(("kind", "count"), [("row", 64), ("16x16", 16)])
+def test_no_full_sized_logits_exist_in_a_step(kind: str, count: int) -> None:
     # What autograd keeps, and the logits' gradients and optimizer state, are one number for each group.
     network = nn.Linear(64, 64)
-    masked = sl.MaskedNetwork(network, groups="row", samples=1)
+    masked = sl.MaskedNetwork(network, groups=kind, samples=1)
+    optimizer = torch.optim.Adam(masked.parameters())
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss = masked(normal(2, 64)).sum()
     loss.backward()
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
-    large = [address for address, size in sizes.items() if size >= 64 * 64]
-    # The frozen weight, and the masked weight, which the linear layer's own backward pass needs.
-    assert network.weight.data_ptr() in large
-    assert len(large) <= 2
-    assert masked.logits["weight"].grad is not None
-    assert masked.logits["weight"].grad.numel() == 64
+    optimizer.step()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
+    large = [address for address, size in storages.items() if size >= 64 * 64]
+    assert set(large) <= {network.weight.data_ptr()}
+    logits = masked.logits["weight"]
+    assert logits.numel() == count
+    assert logits.grad is not None
+    assert logits.grad.numel() == count
+    assert all(t.numel() <= count for t in optimizer.state[logits].values())
 
 
 def test_a_grouped_gate_reads_no_more_noise_than_groups(monkeypatch: pytest.MonkeyPatch) -> None:
