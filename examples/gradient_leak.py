@@ -12,6 +12,7 @@ Nothing of sublens is used. Source of the method: Csordas, van Steenkiste and Sc
 
 import argparse
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ from torch.nn.functional import cross_entropy, one_hot
 BATCH, SAMPLES, ALPHA, CLIP = 128, 4, 1e-4, 1.0
 START = 2.0  # of every logit
 EVERY = 250  # steps between two measurements
+
+Point = tuple[int, float, float, float]
+"""Step, share of the weights kept, share of problems right, and the mean factor of the clip since the last point."""
 
 
 def problems() -> tuple[Tensor, Tensor]:
@@ -68,21 +72,19 @@ def sampled(logits: Tensor) -> Tensor:
     return (soft > 0.5).float() - soft.detach() + soft
 
 
-def train_mask(
-    network: nn.Sequential, inputs: Tensor, digits: Tensor, steps: int, *, leak: bool
-) -> list[tuple[int, float, float, float]]:
-    """Train a mask; return step, share kept, accuracy, and how far the clip scaled gradients down since the last."""
+def train_mask(network: nn.Sequential, inputs: Tensor, digits: Tensor, steps: int, *, leak: bool) -> Iterator[Point]:
+    """Train a mask and measure it on the way."""
     weights = list(network.parameters())
     for weight in weights:
         weight.requires_grad_(leak)
         weight.grad = None
     logits = [torch.full_like(layer.weight, START).requires_grad_() for layer in network[::2]]
     optimizer = torch.optim.Adam(logits, lr=1e-2)
-    measured, factors = [], [1.0]
+    factors = [1.0]
     torch.manual_seed(1)
     for step in range(steps + 1):
         if step % EVERY == 0:
-            measured.append((step, *measure(network, logits, inputs, digits), sum(factors) / len(factors)))
+            yield step, *measure(network, logits, inputs, digits), sum(factors) / len(factors)
             factors = []
         rows = torch.randint(len(inputs), (BATCH,))
         optimizer.zero_grad()  # the logits' gradients, and theirs only
@@ -92,7 +94,6 @@ def train_mask(
         norm = nn.utils.clip_grad_norm_([*logits, *weights] if leak else logits, CLIP)
         factors.append(min(1.0, CLIP / (norm.item() + 1e-6)))
         optimizer.step()
-    return measured
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def measure(network: nn.Sequential, logits: list[Tensor], inputs: Tensor, digits
     return kept, (answers == digits).all(1).float().mean().item()
 
 
-def draw(curves: dict[str, list[tuple[int, float, float, float]]], path: Path) -> None:
+def draw(curves: dict[str, list[Point]], path: Path) -> None:
     """Write both curves as an SVG."""
     import matplotlib
 
@@ -133,11 +134,12 @@ def main() -> None:
     network = trained_network(inputs, digits, asked.network_steps)
     inputs, digits = inputs[:10_000], digits[:10_000]  # additions only
     kinds = {"as stated": False, "with the leak": True}
-    curves = {name: train_mask(network, inputs, digits, asked.steps, leak=leak) for name, leak in kinds.items()}
-    print("step   " + "   ".join(f"{name}: kept, right, mean clip factor" for name in curves))
-    for points in zip(*curves.values(), strict=True):
-        cells = (f"{kept:.3f}, {right:.3f}, {factor:.3f}" for _, kept, right, factor in points)
-        print(f"{points[0][0]:<6} " + "   ".join(f"{cell:<40}" for cell in cells))
+    curves: dict[str, list[Point]] = {name: [] for name in kinds}
+    for name, leak in kinds.items():
+        print(f"{name}\n  step   kept  right  mean clip factor")
+        for point in train_mask(network, inputs, digits, asked.steps, leak=leak):
+            curves[name].append(point)
+            print("{:>6}  {:.3f}  {:.3f}  {:.3f}".format(*point), flush=True)
     if asked.svg:
         draw(curves, asked.svg)
 

@@ -1,9 +1,13 @@
 """A table of networks that must work unmodified, each with its inputs and where the batch is in its outputs."""
 
+import gzip
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -294,3 +298,56 @@ def case(request: pytest.FixtureRequest) -> Case:
     """Each network of the table."""
     chosen: Case = request.param
     return chosen
+
+
+# Image data sets, written in their real formats.
+
+
+def _write_cifar(folder: Path, per_file: int = 20) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Write CIFAR-10 in its binary version; return each file's labels and images [N, 3, 32, 32]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    written = {}
+    for name in (*(f"data_batch_{part}.bin" for part in range(1, 6)), "test_batch.bin"):
+        labels = [int(label) for label in random.permutation(per_file) % 10]
+        pixels = random.integers(0, 256, (per_file, 3, 32, 32), dtype=np.uint8)
+        records = [bytes([label]) + image.tobytes() for label, image in zip(labels, pixels, strict=True)]
+        (folder / name).write_bytes(b"".join(records))
+        written[name] = (labels, pixels)
+    return written
+
+
+def _idx(values: np.ndarray) -> bytes:
+    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+    return header + values.tobytes()
+
+
+def _write_mnist(folder: Path, *, packed: bool = False, side: int = 28) -> dict[str, np.ndarray]:
+    """Write MNIST's four files with 30 training and 20 test images; return their contents by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(1)
+    written = {}
+    for prefix, count in (("train", 30), ("t10k", 20)):
+        written[f"{prefix}-images-idx3-ubyte"] = random.integers(0, 256, (count, side, side), dtype=np.uint8)
+        written[f"{prefix}-labels-idx1-ubyte"] = (np.arange(count) % 10).astype(np.uint8)
+    for name, values in written.items():
+        if packed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(_idx(values)))
+        else:
+            (folder / name).write_bytes(_idx(values))
+    return written
+
+
+@pytest.fixture(scope="session")
+def write_cifar() -> Callable[..., Any]:
+    return _write_cifar
+
+
+@pytest.fixture(scope="session")
+def write_mnist() -> Callable[..., Any]:
+    return _write_mnist
+
+
+@pytest.fixture(scope="session")
+def idx() -> Callable[[np.ndarray], bytes]:
+    return _idx

@@ -58,10 +58,13 @@ def test_commands_and_options_are_these():
     }
     assert surface == {
         "compare": ["--out", "runs"],
+        "duel": [
+            "--gates", "--kept", "--network", "--out", "--preset", "--samples", "--seeds", "--steps", "--tasks",
+            "--widths", "study",
+        ],
         "inspect": [
-            "--alpha", "--groups", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--steps",
-            "--widths",
-            "study",
+            "--alpha", "--groups", "--network", "--out", "--preset", "--resume", "--samples", "--seed", "--set",
+            "--steps", "--widths", "study",
         ],
         "studies": [],
         "show": ["run"],
@@ -115,6 +118,14 @@ def test_studies_lists_every_built_in_study(capsys):
         (["inspect", "study.py", "--out", ".", "--resume"], "config.json"),
         (["inspect", "."], "."),
         (["inspect", "study.py", "--bogus"], "--bogus"),
+        (["inspect", "study.py", "--set", "keep"], "NAME=VALUE"),
+        (["inspect", "study.py", "--set", "keep=1.5"], "keep=1.5"),
+        (["inspect", "study.py", "--set", "depth=3"], "has no setting 'depth'"),
+        (["inspect", "study.py", "--set", "keep=0.5", "--set", "keep=0.6"], "keep"),
+        (["inspect", "study.py", "--set", "alpha=1"], "--alpha"),
+        (["inspect", "class-removal", "--set", "folder=nowhere"], "nowhere does not exist"),
+        (["inspect", "class-removal", "--set", "dropout=perhaps"], "dropout='perhaps'"),
+        (["inspect", "permuted-digits", "--set", "permutations=1"], "permutations=1"),
         (["inspekt"], "inspekt"),
         (["show", "missing"], "missing"),
         (["show", "study.py"], "study.py"),
@@ -133,6 +144,7 @@ def test_a_run_is_made_shown_and_its_weights_used_again(study, capsys):
     assert cli.run(["inspect", study, "--out", "one", "--seed", "3"]) == 0
     made = capsys.readouterr().out
     assert "left mask" in made
+    assert "P_specialize (different functions use different weights): undecided." in made
     assert Path("one/report.html").is_file()
     assert cli.run(["show", "one"]) == 0
     assert capsys.readouterr().out == made
@@ -140,9 +152,19 @@ def test_a_run_is_made_shown_and_its_weights_used_again(study, capsys):
     assert Path("two/network.safetensors").read_bytes() == Path("one/network.safetensors").read_bytes()
 
 
+def test_settings_reach_the_study(study, capsys):
+    text = STUDY.replace("def study():", "def study(depth=1):").replace(
+        "batch_size=16,", "batch_size=16, settings={'depth': depth},"
+    )
+    Path("deep.py").write_text(text, encoding="utf-8")
+    assert cli.run(["inspect", "deep.py", "--out", "one", "--set", "depth=3", "--set", "keep=0.75"]) == 0
+    settings = json.loads(Path("one/config.json").read_text(encoding="utf-8"))["settings"]
+    assert (settings["study"]["depth"], settings["keep"]) == (3, 0.75)
+
+
 def test_ctrl_c_leaves_a_run_that_the_printed_command_finishes(study):
     Path("slow.py").write_text(STUDY.replace("mask_steps=10", "mask_steps=400_000"), encoding="utf-8")
-    process = in_a_process("inspect", "slow.py", "--out", "a run", "--seed", "5", "--alpha", "0.001")
+    process = in_a_process("inspect", "slow.py", "--out", "a run", "--seed", "5", "--set", "keep=0.7")
     deadline = time.monotonic() + 120
     while not list(Path("a run").glob("unfinished/all/*")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
@@ -151,9 +173,9 @@ def test_ctrl_c_leaves_a_run_that_the_printed_command_finishes(study):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "sublens inspect slow.py --out 'a run' --seed 5 --alpha 0.001 --resume" in err
+    assert "sublens inspect slow.py --out 'a run' --seed 5 --set keep=0.7 --resume" in err
     # The command is accepted as it was printed: with one more option it is another run, and refused by name.
-    printed = ["inspect", "slow.py", "--out", "a run", "--seed", "5", "--alpha", "0.001", "--resume"]
+    printed = ["inspect", "slow.py", "--out", "a run", "--seed", "5", "--set", "keep=0.7", "--resume"]
     assert cli.run([*printed, "--samples", "2"]) == 2
     again = in_a_process(*printed)
     with pytest.raises(subprocess.TimeoutExpired):  # it goes on training

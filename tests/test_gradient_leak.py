@@ -36,7 +36,7 @@ def test_only_with_the_leak_do_the_weights_gradients_pile_up_and_are_gradients_c
         runs, piles = {}, {}
         for leak in (False, True):
             own = copy.deepcopy(network)
-            runs[leak] = script.train_mask(own, inputs[:10_000], digits[:10_000], 40, leak=leak)
+            runs[leak] = list(script.train_mask(own, inputs[:10_000], digits[:10_000], 40, leak=leak))
             piles[leak] = [weight.grad for weight in own.parameters()]
     assert all(pile is None for pile in piles[False])
     assert all(bool(pile.any()) for pile in piles[True])

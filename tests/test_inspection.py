@@ -8,19 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from sublens.answers import Answer, Histogram
+from sublens.answers import Answer, Bars, Histogram, Spread
 from sublens.errors import FileError, MismatchError, NonFiniteError, SettingError, StudyError
 from sublens.inspection import default_folder, inspect, inspecting
 from sublens.inspection import network as network_module
 from sublens.mask import Mask
-from sublens.questions import BINS
+from sublens.masked_network import MaskedNetwork
+from sublens.questions import BINS, stability_of
 from sublens.storage import load_weights
 from sublens.study import Asked, Study, Task, seed_from
 
@@ -212,12 +213,80 @@ def test_a_study_asks_questions_of_its_own(tmp_path: Path) -> None:
         run(tmp_path / "wrong", dataclasses.replace(study, questions={"first": question, "second": lambda asked: "x"}))
 
 
+def test_stability_varies_one_seed_at_a_time(tmp_path: Path) -> None:
+    drawn: list[tuple[int, ...]] = []
+    plain = task("low", [0, 1])
+    at = plain.batches
+
+    def batches(step: int, seed: int) -> Tensor:
+        drawn.append((step, seed))
+        assert callable(at)
+        return cast(Tensor, at(step, seed))
+
+    watched = dataclasses.replace(plain, batches=batches)
+    study = make_study(
+        tasks=[watched, task("high", [2, 3])],
+        network_steps=3,
+        mask_steps=30,
+        random_masks=0,
+        questions={"luck": stability_of("low", masks=3)},
+    )
+    answer = Answer.from_json(run(tmp_path / "run", study)["answers"]["luck"])
+    seeds = [seed for step, seed in drawn if step == 0]
+    assert len(seeds) == 2 + 4  # the mask, its repeat, and twice two for the question
+    assert seeds[0] == seeds[2] == seeds[3]  # other noise: the mask's own batches
+    assert len({seeds[0], seeds[1], seeds[4], seeds[5]}) == 4
+    (bars,) = answer.figures
+    assert isinstance(bars, Bars)
+    assert bars.groups == ("other noise", "other batches", "both")
+    values = bars.series[0].values
+    assert isinstance(values[0], Spread) and values[0].low <= values[0].mean <= values[0].high < 1
+    assert values[2] == answer.numbers["both"]  # type: ignore[index]
+    with pytest.raises(StudyError, match="no task 'middle'"):
+        run(tmp_path / "wrong", make_study(mask_steps=1, network_steps=1, questions={"x": stability_of("middle")}))
+    with pytest.raises(SettingError, match="at least 2"):
+        stability_of("low", masks=1)
+
+
 def test_masks_take_layers_over_from_the_control(tmp_path: Path) -> None:
     run(tmp_path / "run", make_study(mask_steps=40, network_steps=2, from_control=["3.weight"]))
     masks = {path.stem: Mask.load(path) for path in (tmp_path / "run" / "masks").iterdir()}
-    for name in ("low", "high", "low-repeat"):
+    others = ("low", "high", "low-repeat")
+    for name in others:
         assert torch.equal(masks[name]["3.weight"], masks["both"]["3.weight"])
-        assert not torch.equal(masks[name]["0.weight"], masks["both"]["0.weight"])
+        assert masks[name].network == masks["both"].network
+    assert not all(torch.equal(masks[name]["0.weight"], masks["both"]["0.weight"]) for name in others)
+
+
+def test_layers_of_the_control_are_in_place_while_the_others_are_trained(tmp_path: Path) -> None:
+    seen: list[tuple[set[str], Tensor]] = []
+
+    def watched(name: str, outputs: list[int]) -> Task:
+        plain = task(name, outputs)
+
+        def loss(net: nn.Module, x: Tensor) -> Tensor:
+            if isinstance(net, MaskedNetwork):
+                seen.append((set(net.logits), net.network.get_parameter("3.weight").detach().clone()))
+            return plain.loss(net, x)
+
+        return dataclasses.replace(plain, loss=loss)
+
+    study = make_study(
+        tasks=[watched("low", [0, 1])],
+        control=watched("both", [0, 1, 2, 3]),
+        repeated=(),
+        mask_steps=40,
+        network_steps=2,
+        where=["0", "3.weight"],
+        from_control=["3"],
+    )
+    run(tmp_path / "run", study)
+    control = Mask.load(tmp_path / "run" / "masks" / "both.safetensors")["3.weight"]
+    assert 0 < control.float().mean() < 1
+    of_control, of_task = seen[0], seen[-1]
+    assert of_control[0] == {"0.weight", "3.weight"}
+    assert of_task[0] == {"0.weight"}
+    assert torch.equal(of_task[1], torch.where(control, of_control[1], 0.0))
 
 
 def test_a_network_is_prepared_once_before_its_masks_are_trained(tmp_path: Path) -> None:

@@ -96,6 +96,23 @@ def test_alpha_rises_while_too_much_would_be_kept_and_falls_otherwise(network: n
     assert Controller(masked, 100, 0.4, False, [held]).alphas(0)["2.weight"] < 1
 
 
+def test_a_long_run_looks_less_often(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    masked = sl.MaskedNetwork(network, keep=0.9)
+    for logit in masked.logits.values():
+        logit.grad = torch.ones_like(logit)
+    looks: list[int] = []
+    shares = Controller._shares
+    monkeypatch.setattr(Controller, "_shares", lambda self: (looks.append(1), shares(self))[1])
+    finals = []
+    for steps in (500, 2000):
+        looks.clear()
+        controller = Controller(masked, steps, 0.5, False, [])
+        alphas = [controller.alphas(step)["0.weight"] for step in range(steps // 10)]
+        assert len(looks) == 50
+        finals.append(alphas[-1])
+    assert finals[0] == pytest.approx(finals[1])
+
+
 def test_the_last_shift_is_the_smallest_and_breaks_ties(network: nn.Module) -> None:
     masked = sl.MaskedNetwork(network)
     first, second = masked.logits.values()

@@ -148,7 +148,7 @@ def test_the_paper_preset_is_the_papers() -> None:
 
 def test_the_lstm_sees_both_pairs_for_six_steps_or_each_for_three() -> None:
     x = one_hot(draw(4, "lstm"))
-    together = studies.load("double-addition-lstm").network(0).eval()
+    together = studies.load("double-addition-lstm", width=20).network(0).eval()
     states, _ = together.lstm(x.unsqueeze(1).repeat(1, 6, 1))
     torch.testing.assert_close(together(x), together.output(states[:, 5]))
     turns = studies.load("double-addition-lstm", mode="turns").network(0).eval()

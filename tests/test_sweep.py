@@ -238,6 +238,7 @@ def test_the_table_by_hand():
     assert two.find(("iou", "t and u", "")).seen.sd is None
     assert two.find(("iou", "t and u", "")).chance.mean == 0.25
     assert one.find(("index", "t and u", "")).values == (-0.5, 0.0)
+    assert one.find(("index", "t and u", "")).chance.mean == 0
     assert one.verdicts == {"reuse": {"holds": 1, "fails": 1, "undecided": 0}}
     # Student's t with one degree of freedom: 12.7062 standard errors (0.25) either way.
     assert own.seen.interval == pytest.approx((0.75 - 12.7062 * 0.25, 0.75 + 12.7062 * 0.25), abs=1e-4)

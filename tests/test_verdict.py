@@ -131,7 +131,7 @@ def test_specialisation_by_its_rule(changes: dict[str, Any], expected: str) -> N
         ({"index": BETWEEN}, "undecided"),
         ({"index": None}, "undecided"),
         ({"index": SHARED, "own": (0.5, 1.0)}, "undecided"),
-        ({"index": SHARED, "unsure": (0.2, 0.4)}, "undecided"),
+        ({"index": SHARED, "unsure": (0.2, 0.41)}, "undecided"),
     ],
 )
 def test_reuse_by_its_rule(changes: dict[str, Any], expected: str) -> None:

@@ -78,6 +78,14 @@ def _inspect(
         str | None,
         typer.Option(help="Widths of the hidden layers, such as 400,400,200.", show_default="the study's"),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other setting: keep=0.9, or one of the study's own, folder=images. Give it again for each.",
+        ),
+    ] = None,
     network: Annotated[
         Path | None,
         typer.Option(
@@ -89,7 +97,15 @@ def _inspect(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in its folder.")] = False,
 ) -> None:
     """Train a study's network and its masks, analyse them, and write a run folder with a report."""
-    chosen = studies.load(study, preset=preset, widths=_whole_numbers(widths))
+    asked = {"preset": preset, "widths": _whole_numbers(widths)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    for name, value in map(_setting, settings or ()):
+        if name in asked or name in ("seed", "steps", "samples", "alpha", "groups", "network", "out"):
+            raise typer.BadParameter(
+                f"--set {name}=...: {name} is set once, and by its own option --{name} if it has one."
+            )
+        asked[name] = _plain(value)
+    chosen = studies.configured(study, asked)
     from sublens.inspection import default_folder, inspect
 
     folder = default_folder(chosen, seed) if out is None else out
@@ -118,6 +134,7 @@ def _inspect(
             "--network": network,
         }
         given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+        given += [text for setting in settings or () for text in ("--set", setting)]
         command = shlex.join(["sublens", "inspect", study, *given, "--resume"])
         typer.echo(f"\nInterrupted. The run in {folder} can be resumed: {command}", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -179,8 +196,8 @@ def _sweep(
     if widths:
         swept["widths"] = [_whole_numbers(text) for text in widths]
     for text in settings or ():
-        name, equals, values = text.partition("=")
-        if not equals or not name or name in swept or name == "seed":
+        name, values = _setting(text)
+        if name in swept or name == "seed":
             raise typer.BadParameter(
                 f"--set {text!r} must be NAME=VALUE,VALUE with a name that is not given already; seeds go to --seeds."
             )
@@ -225,6 +242,80 @@ def _show_rows(rows: "Iterable[Row]", folder: Path, files: str) -> None:
     console.print()
     for kind in ("json", "csv", "html"):
         console.print(f"{kind:>5}: {folder / f'{files}.{kind}'}", soft_wrap=True)
+
+
+@app.command("duel")
+def _duel(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A built-in study, or a Python file with study().")],
+    gates: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Contestants: names of gates, magnitude, magnitude-per-layer, attribution, random, or FILE.py:GATE.",
+        ),
+    ] = "GumbelSigmoid,HardConcrete,Bernoulli,Threshold,ContinuousSparsification,TopK,magnitude,attribution,random",
+    kept: Annotated[str, typer.Option(metavar="LIST", help="Fractions of the weights to keep.")] = "0.5,0.2,0.1,0.05",
+    seeds: Annotated[
+        str, typer.Option(help="How many seeds, from 0 on; or the seeds themselves: 3,5,8, or one of them: 3,")
+    ] = "3",
+    tasks: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Names of tasks.", show_default="all of the study's")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each mask.", show_default="the study's")] = None,
+    samples: Annotated[int | None, typer.Option(help="Draws per step.", show_default="the study's")] = None,
+    preset: Annotated[str | None, typer.Option(help="A study's preset.", show_default="the study's")] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(help="Widths of the hidden layers, such as 400,400,200.", show_default="the study's"),
+    ] = None,
+    network: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights already trained: the network is not trained.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The duel's folder. By default duels/STUDY.", show_default=False)
+    ] = None,
+) -> None:
+    """Compare gates on one frozen network at the same kept fractions. What its folder holds is not done again."""
+    fractions = _list("--kept", kept, float)
+    chosen = studies.load(study, preset=preset, widths=_whole_numbers(widths))
+    from sublens.dueling import duel, from_file
+
+    contestants = [from_file(name) if ":" in name else name for name in _list("--gates", gates, str)]
+    try:
+        found = duel(
+            chosen,
+            contestants,
+            fractions,
+            out=out,
+            seeds=_seeds(seeds),
+            tasks=None if tasks is None else _list("--tasks", tasks, str),
+            steps=steps,
+            samples=samples,
+            network=network,
+            progress=False,
+            told=lambda bout, ended, total: typer.echo(f"{ended} of {total}: {bout.name}", err=True),
+        )
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. The same command goes on with the duel.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    from sublens.report import accuracy_text, memory_text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("contestant", no_wrap=True)
+    for column in ("kept", "accuracy, 95 % interval", "IoU of seeds", "seconds", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in found.table.rows:
+        seconds = f"{sorted(row.seconds)[len(row.seconds) // 2]:.1f}"
+        stable = f"{sum(row.stability) / len(row.stability):.3f}" if row.stability else "n/a"
+        name = row.contestant if len(found.table.network) == 1 else f"{row.task}: {row.contestant}"
+        cells = (f"{row.asked:.1%}", accuracy_text(row), stable, seconds, memory_text(row))
+        table.add_row(name, *cells)
+    console = _console()
+    console.print(table)
+    console.print()
+    for kind in ("json", "csv", "html"):
+        console.print(f"{kind:>5}: {found.folder / f'duel.{kind}'}", soft_wrap=True)
 
 
 @app.command("compare")
@@ -309,6 +400,13 @@ def _list(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     except ValueError:
         what = {int: "whole numbers", float: "numbers"}.get(kind, "values")  # type: ignore[call-overload]
         raise typer.BadParameter(f"{option} {text!r} must be {what} with commas between.") from None
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"--set {text!r} must be NAME=VALUE.")
+    return name, value
 
 
 def _plain(text: str) -> Any:

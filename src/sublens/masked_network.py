@@ -61,6 +61,9 @@ class MaskedNetwork(nn.Module):
             module)`` that returns one of these, or an integer tensor of the parameter's shape that numbers the groups.
         batch_dim: dimension of the batch in the first tensor that the network is called with (1 for sequence-first
             networks).
+        frozen: whether the weights stay as they are. With ``False`` a loss also has gradients for the network's masked
+            weights (none where a gate is closed in every sample), for an optimizer of yours that trains them along with
+            the logits. Its other parameters stay out of that.
 
     Attributes:
         network: the network.
@@ -86,6 +89,7 @@ class MaskedNetwork(nn.Module):
         gate: Gate | None = None,
         groups: Groups = "weight",
         batch_dim: int = 0,
+        frozen: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(network, MaskedNetwork):
@@ -99,6 +103,7 @@ class MaskedNetwork(nn.Module):
         self.seed = seed
         self.gate = gate if gate is not None else GumbelSigmoid()
         self.batch_dim = batch_dim
+        self.frozen = frozen
         self.step = 0
         self.first_sample = 0
         self._ids = {name: parameter_id(grouping.owner) for name, grouping in self._groupings.items()}
@@ -142,8 +147,10 @@ class MaskedNetwork(nn.Module):
         """Fingerprint of the network, see :func:`sublens.fingerprint`.
 
         Raises:
-            MismatchError: the network's weights are no longer those it was made for.
+            MismatchError: the network's weights are frozen and yet no longer those it was made for.
         """
+        if not self.frozen:
+            return fingerprint(self.network)
         if fingerprint(self.network) != self._fingerprint:
             raise MismatchError(
                 "The network's weights have changed since it was masked, so the logits belong to a network that no "
@@ -333,7 +340,7 @@ class MaskedNetwork(nn.Module):
             if not (fine and linear_route.applies(self.network, self.logits, self.gate)):
                 self._general[kind] = True
         # Under autocast the general route: the blocked product has one precision.
-        if self._general.get(kind) or torch.is_autocast_enabled("cpu"):
+        if self._general.get(kind) or not self.frozen or torch.is_autocast_enabled("cpu"):
             return None
         try:
             outputs = call(first)
@@ -359,6 +366,7 @@ class MaskedNetwork(nn.Module):
         logits = self.logits
         gates = self.gate.across(logits)
         redrawing = Redrawing()
+        trained = {} if self.frozen else dict(self.network.named_parameters())
 
         def put(name: str, weight: Tensor) -> Tensor:
             draw = Draw(self.seed, step, self.first_sample + sample, self._ids[name])
@@ -367,12 +375,12 @@ class MaskedNetwork(nn.Module):
             gate = gates[grouping.owner] if grouping.fine else GroupedGate(gates[grouping.owner], grouping)
 
             def whole() -> Tensor:
-                gated: Tensor = _Gated.apply(scores, weight, gate, draw, redrawing, name)
+                gated: Tensor = _Gated.apply(scores, trained.get(name, weight), gate, draw, redrawing, name)
                 # Logits that are changed before the backward pass are noticed there, by the node just made.
                 redrawing.add(name, gated, lambda: gate.masked(weight, scores.detach(), draw))
                 return gated
 
-            if name not in self._factors:
+            if name not in self._factors or not self.frozen:
                 return whole()
             vector, of_outputs = self._factors[name]
             of_each = GroupedGate(gates[grouping.owner], vector)
@@ -482,13 +490,16 @@ class _Gated(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits, weight)
         ctx.gate, ctx.draw, ctx.done = gate, draw, partial(redrawing.done, name)  # type: ignore[attr-defined]
-        return gate.masked(weight, logits.detach(), draw)
+        return gate.masked(weight.detach(), logits.detach(), draw)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         ctx.done()
         logits, weight = ctx.saved_tensors
-        return ctx.gate.logit_gradient(gradient, weight, logits.detach(), ctx.draw), None, None, None, None, None
+        weight, logits = weight.detach(), logits.detach()
+        # A masked weight is the weight times its sample, so the gradient of the weight is the gradient times that.
+        of_weight = ctx.gate.masked(gradient, logits, ctx.draw) if ctx.needs_input_grad[1] else None
+        return ctx.gate.logit_gradient(gradient, weight, logits, ctx.draw), of_weight, None, None, None, None
 
 
 def load_logits(masked: MaskedNetwork, logits: Mapping[str, Tensor]) -> None:

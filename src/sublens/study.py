@@ -79,11 +79,13 @@ class Asked:
     """What a question of a study is asked of: everything that the run has trained.
 
     Attributes:
-        network: the trained network, in evaluation mode. A question that changes it works on a copy.
+        network: the trained network, in evaluation mode. A question that changes it works on a copy. Where weights and
+            masks train together it is the one that the last task left.
         masks: name -> mask: the control's, every task's, and the repeated ones (see :func:`repeat_of`).
         metrics: task name -> metric, for :func:`sublens.analysis.accuracies` and its kin.
         study: the study, with the settings of this run in it.
         seed: of the run. A question draws its own seeds from it: ``seed_from(asked.seed, "transfer", draw)``.
+        networks: name of each mask -> the network it belongs to: ``network``, unless weights and masks train together.
     """
 
     network: "nn.Module"
@@ -91,6 +93,41 @@ class Asked:
     metrics: "Mapping[str, Callable[[nn.Module], float]]"
     study: "Study"
     seed: int
+    networks: "Mapping[str, nn.Module]" = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.networks:
+            object.__setattr__(self, "networks", dict.fromkeys(self.masks, self.network))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """How weights and masks train together, one task after the other, as the paper does with permuted digits.
+
+    The control is the first task here. Each task begins with the weights that no earlier mask keeps drawn anew, as
+    ``Study.network`` makes them for a seed of this task's own; the others are frozen. Then weights (Adam with
+    ``network_lr``) and logits (``mask_lr``) train for ``mask_steps``, their gradients clipped together (``mask_clip``).
+    Every parameter of the network must be masked.
+
+    Attributes:
+        used: logit with which gates start whose weights an earlier mask keeps.
+        new: logit with which all other gates start.
+        fresh: names of parameters (or globs, or enclosing modules) that every task gets anew, used or not.
+
+    Raises:
+        StudyError: at construction, for a logit that is no number of -10 to 10.
+    """
+
+    used: float = 2.0
+    new: float = 2.0
+    fresh: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("used", "new"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not -10 <= value <= 10:
+                raise StudyError(f"Together: {name}={value!r} must be a logit, a number from -10 to 10.")
+        object.__setattr__(self, "fresh", (self.fresh,) if isinstance(self.fresh, str) else tuple(self.fresh))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +144,13 @@ class Study:
         description: one line for ``sublens studies``.
         preset: name of the preset the study was built from, if any. It is part of the default run folder's name.
         settings: what the study was built from (JSON values), recorded in the run.
-        network_steps: training steps of the network: Adam with ``network_lr``, gradient norm clipped to
-            ``network_clip``.
+        network_steps: training steps of the network, with gradient norm clipped to ``network_clip``.
+        network_task: what the network is trained on, where that is not the control: its name is not a mask's.
+        network_optimizer: ``"adam"``, or ``"sgd"`` with a momentum of 0.9; with ``network_lr``.
+        network_decay: weight decay of the network's optimizer.
+        network_betas: decay rates of Adam's averages of the gradient and of its square, each in 0..1, 1 excluded.
+        network_warmup: steps in which the learning rate rises evenly to ``network_lr``.
+        network_milestones: steps from which on the learning rate is a tenth of what it was.
         mask_steps: training steps of each mask: Adam with ``mask_lr``, gradient norm clipped to ``mask_clip``.
         alpha: weight of the penalty, before the division by ``batch_size``.
         penalty: ``"logits"`` (the paper's sum of logits) or ``"expected"`` (the expected number of kept weights).
@@ -134,9 +176,12 @@ class Study:
             They are asked in turn when all masks are trained, with torch's random numbers seeded, and their answers
             become sections of the report.
         from_control: names of masked parameters (or globs, or enclosing modules) that every task's mask takes over
-            from the control mask after its training, as the paper does with the output layer in class removal.
+            from the control mask, as the paper does with the output layer in class removal. They are masked so while
+            the rest of the task's mask is trained.
         prepare: ``prepare(network) -> network``, applied to the network after its training and before any mask's; also
             to weights from a file. It must change nothing when applied again, and return a network of the same shapes.
+        together: weights and masks train together, one task after the other. ``None``: the network is trained first,
+            and then stays as it is.
 
     Raises:
         StudyError: at construction, naming the field, its value, and what it must be.
@@ -153,6 +198,12 @@ class Study:
     network_steps: int = 20_000
     network_lr: float = 1e-3
     network_clip: float = 1.0
+    network_task: Task | None = None
+    network_optimizer: str = "adam"
+    network_decay: float = 0.0
+    network_betas: tuple[float, float] = (0.9, 0.999)
+    network_warmup: int = 0
+    network_milestones: Sequence[int] = ()
     mask_steps: int = 20_000
     mask_lr: float = 1e-2
     mask_clip: float = 1.0
@@ -174,6 +225,7 @@ class Study:
     questions: Mapping[str, Callable[[Asked], Answer]] = field(default_factory=dict)
     from_control: Sequence[str] = ()
     prepare: "Callable[[nn.Module], nn.Module] | None" = None
+    together: Together | None = None
 
     def __post_init__(self) -> None:
         _check_name("study", self.name)
@@ -223,6 +275,23 @@ class Study:
                 )
         if not self.keep < 1:
             raise StudyError(f"Study {self.name!r}: keep={self.keep!r} is a probability and must lie between 0 and 1.")
+        if self.network_optimizer not in ("adam", "sgd"):
+            raise StudyError(
+                f"Study {self.name!r}: network_optimizer={self.network_optimizer!r} must be 'adam' or 'sgd'."
+            )
+        if self.network_task is not None and not isinstance(self.network_task, Task):
+            raise StudyError(f"Study {self.name!r}: network_task must be a Task, not {_kind(self.network_task)}.")
+        betas = tuple(self.network_betas)
+        object.__setattr__(self, "network_betas", betas)
+        if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+            raise StudyError(
+                f"Study {self.name!r}: network_betas={betas!r} must be two numbers from 0 to 1, 1 excluded."
+            )
+        object.__setattr__(self, "network_milestones", tuple(self.network_milestones))
+        if not all(isinstance(step, int) and step >= 0 for step in self.network_milestones):
+            raise StudyError(f"Study {self.name!r}: network_milestones={self.network_milestones!r} must be steps.")
+        if self.together is not None:
+            self._check_together(self.together)
         if not isinstance(self.biases, bool):
             raise StudyError(f"Study {self.name!r}: biases={self.biases!r} must be True or False.")
         if self.penalty not in ("logits", "expected"):
@@ -235,6 +304,32 @@ class Study:
                 raise StudyError(
                     f"Study {self.name!r}: {name} is a module; give a function that makes one, {name}=lambda seed: ..."
                 )
+
+    def _check_together(self, together: object) -> None:
+        if not isinstance(together, Together):
+            raise StudyError(f"Study {self.name!r}: together must be a Together, not {_kind(together)}.")
+        other = [name for name in ("repeated", "from_control", "prepare") if getattr(self, name)]
+        other += ["groups"] if self.groups != "weight" else []
+        if other:
+            raise StudyError(
+                f"Study {self.name!r}: {other[0]} has no meaning where weights and masks train together. Leave it out."
+            )
+
+    def fit_settings(self) -> dict[str, Any]:
+        """Return what :func:`sublens.fit` takes of the study's settings for any of its masks."""
+        return {
+            "steps": self.mask_steps,
+            "alpha": self.alpha / self.batch_size,
+            "penalty": self.penalty,
+            "keep": self.keep,
+            "samples": self.samples,
+            "where": self.where,
+            "biases": self.biases,
+            "groups": self.groups,
+            "batch_dim": self.batch_dim,
+            "lr": self.mask_lr,
+            "clip": self.mask_clip,
+        }
 
     def _check_questions(self) -> None:
         if not isinstance(self.questions, Mapping):
@@ -254,6 +349,8 @@ _RANGES: tuple[tuple[str, Any, float, bool], ...] = (
     ("network_steps", int, 0, False),
     ("network_lr", (int, float), 0, True),
     ("network_clip", (int, float), 0, True),
+    ("network_decay", (int, float), 0, False),
+    ("network_warmup", int, 0, False),
     ("mask_steps", int, 1, False),
     ("mask_lr", (int, float), 0, True),
     ("mask_clip", (int, float), 0, True),

@@ -13,7 +13,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +27,7 @@ from sublens.report import Row, as_csv, as_json, as_text, described, read, sweep
 from sublens.storage import atomic_write_text
 from sublens.study import Study
 
-# What inspect() takes by itself; then the fields of a Study that a sweep may change. All others are the settings of
-# the study's own function. batch_size is not among the fields: the tasks' batches would not follow it.
-_INSPECT = ("seed", "steps", "samples", "alpha")
-_FIELDS = (
-    "network_steps", "network_lr", "network_clip", "mask_lr", "mask_clip", "penalty", "keep", "biases", "groups",
-    "evaluate_every", "random_masks",
-)  # fmt: skip
+_INSPECT = ("seed", "steps", "samples", "alpha")  # what inspect() takes by itself; all others are the study's
 _LONGEST = 150  # characters of a folder's name; file systems allow 255 bytes
 
 
@@ -167,9 +161,8 @@ def _combinations(settings: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]
 def _study(study: str | Path, settings: Mapping[str, Any]) -> tuple[Study, dict[str, Any]]:
     """Return the study with its settings put in, and the arguments left for ``inspect``."""
     arguments = {name: value for name, value in settings.items() if name in _INSPECT}
-    fields = {name: value for name, value in settings.items() if name in _FIELDS}
-    own = {name: value for name, value in settings.items() if name not in arguments and name not in fields}
-    return replace(studies.load(study, **own), **fields), arguments
+    others = {name: value for name, value in settings.items() if name not in arguments}
+    return studies.configured(study, others), arguments
 
 
 def _folder_name(settings: Mapping[str, Any]) -> str:

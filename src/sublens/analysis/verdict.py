@@ -16,7 +16,7 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
 **Rule.** With retention r = (accuracy under the mask - random masks' accuracy) / (the network's - random masks'):
 
 - A function is *kept* under a mask if r >= 0.75, and *lost* if r <= 0.25.
-- A mask is *evidence* if it keeps its own function, and is settled: at most a third of its gates ended with a keep
+- A mask is *evidence* if it keeps its own function, and is settled: at most two fifths of its gates ended with a keep
   probability between 0.1 and 0.9. One that is not still keeps what no task needs, and shares that with every other.
 - Two tasks use *different weights* if the interval of their sharing index lies below 0.75, and *the same weights* if it
   lies above. Three quarters is a convention; the index stands beside the verdict.
@@ -40,7 +40,7 @@ from sublens.mask import Mask
 
 KEPT, LOST = 0.75, 0.25
 SAME = 0.75
-UNSURE = 1 / 3
+UNSURE = 0.4
 _RESAMPLES = 1000
 _LEVEL = 0.95
 _CHUNK = 4_000_000  # numbers drawn at a time

@@ -45,11 +45,11 @@ class AlphaPath:
 
 @dataclass(slots=True)
 class Steered:
-    """What a controller remembers of one group of layers from step to step.
+    """What a controller remembers of one group of layers from look to look.
 
     Attributes:
         log_alpha: logarithm of its alpha; ``None`` before the first step.
-        share: its expected kept fraction at the last step.
+        share: its expected kept fraction at the last look.
         speed: how fast that changes by step, smoothed.
     """
 
@@ -66,8 +66,10 @@ GAIN = 4.0
 """Change of log alpha, in units of the largest, for a predicted miss of the target by as much as the target itself."""
 ARRIVAL = 0.8
 """Part of the run after which the target is to be reached. The rest settles the mask there."""
+LOOKS = 500
+"""How often a run looks at its expected fraction, which takes a pass over all logits: at every step of a short run."""
 MEMORY = 0.9
-"""Part of the smoothed speed that is kept from one step to the next."""
+"""Part of the smoothed speed that is kept from one look to the next."""
 
 
 @dataclass
@@ -110,9 +112,14 @@ class Controller:
 
     def alphas(self, step: int) -> dict[str, float]:
         """Alpha of each layer in ``step``, from the gradients of the task alone and the logits as they stand."""
+        every = max(1, self.steps // LOOKS)
         found: dict[str, float] = {}
-        shares = self._shares()
+        shares = self._shares() if step % every == 0 else None
         for (names, size, count), memory in zip(self._groups, self.memory, strict=True):
+            if shares is None and memory.log_alpha is not None:
+                found |= dict.fromkeys(names, math.exp(memory.log_alpha))
+                continue
+            shares = shares or self._shares()
             share = sum(shares[name] for name in names) / size
             if memory.log_alpha is None:
                 gradient = self._gradient(names, size)
@@ -120,12 +127,12 @@ class Controller:
                     return dict.fromkeys(self.masked.logits, 0.0)  # the step will be refused
                 memory.log_alpha = math.log(max(START * gradient, 1e-30))
                 memory.share = share
-            memory.speed = MEMORY * memory.speed + (1 - MEMORY) * (share - memory.share)
+            memory.speed = MEMORY * memory.speed + (1 - MEMORY) * (share - memory.share) / every
             memory.share = share
             horizon = max(ARRIVAL * self.steps - step, 0.1 * self.steps) / 3
             target = count / size
             miss = (share + horizon * memory.speed - target) / target
-            memory.log_alpha += RATE / self.steps * max(-1.0, min(1.0, GAIN * miss))
+            memory.log_alpha += RATE * every / self.steps * max(-1.0, min(1.0, GAIN * miss))
             found |= dict.fromkeys(names, math.exp(memory.log_alpha))
         return found
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ class Gate(ABC):
     def fused(self) -> bool:
         """Whether :func:`sublens.kernels.cpu.walk` computes this gate, so that routes built on it may be used."""
         return False
+
+    @classmethod
+    def for_run(cls, steps: int, kept: float) -> Self:
+        """This gate for a run of ``steps`` training calls that is to keep a fraction ``kept`` of all elements."""
+        return cls()
+
+    @property
+    def takes_penalty(self) -> bool:
+        """Whether a penalty changes how much is kept."""
+        return True
 
     @property
     def noisy(self) -> bool:

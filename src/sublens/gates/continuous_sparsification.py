@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class ContinuousSparsification(Gate):
             raise SettingError(f"steps is {self.steps!r}; it must be a whole number of 1 or more training calls.")
         if not 1 <= self.final < math.inf:
             raise SettingError(f"final is {self.final}; it must be finite and 1 or more (the paper uses 200).")
+
+    @classmethod
+    def for_run(cls, steps: int, kept: float) -> Self:
+        """With beta at its end when the run is."""
+        return cls(steps)
 
     @property
     def noisy(self) -> bool:

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,6 +46,17 @@ class NOfM(Gate):
         whole = all(isinstance(number, int) and not isinstance(number, bool) for number in (self.n, self.m))
         if not (whole and 1 <= self.n <= self.m):
             raise SettingError(f"n is {self.n!r} and m is {self.m!r}; they must be whole numbers with 1 <= n <= m.")
+
+    @classmethod
+    def for_run(cls, steps: int, kept: float) -> Self:
+        """With the fraction nearest to ``kept`` whose runs are at most 32 long, and the shortest runs that have it."""
+        ratio = Fraction(kept).limit_denominator(32)
+        return cls(max(1, ratio.numerator), ratio.denominator)
+
+    @property
+    def takes_penalty(self) -> bool:
+        """No: how much is kept is given."""
+        return False
 
     @property
     def noisy(self) -> bool:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,16 @@ class TopK(Gate):
             raise SettingError(
                 f"fraction is {self.fraction}; it must be above 0 and at most 1 (0.5 keeps every second)."
             )
+
+    @classmethod
+    def for_run(cls, steps: int, kept: float) -> Self:
+        """With this fraction, of all parameters together."""
+        return cls(kept, per_layer=False)
+
+    @property
+    def takes_penalty(self) -> bool:
+        """No: the fraction is given."""
+        return False
 
     @property
     def noisy(self) -> bool:

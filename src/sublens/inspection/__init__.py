@@ -2,5 +2,6 @@
 
 from sublens.inspection.folder import default_folder
 from sublens.inspection.inspecting import inspect, progress_of
+from sublens.inspection.together import used_before
 
-__all__ = ["default_folder", "inspect", "progress_of"]
+__all__ = ["default_folder", "inspect", "progress_of", "used_before"]

@@ -62,7 +62,6 @@ class Folder:
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
-        config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         occupied = is_used(path)
         if occupied:
             self._check(config, resume)
@@ -104,6 +103,12 @@ class Folder:
     def mask(self, name: str) -> Path:
         """Return the file of a mask."""
         return self.masks / f"{name}.safetensors"
+
+    def network_of(self, task: str) -> Path:
+        """Return the file of the weights that a task left, where weights and masks train together."""
+        folder = self.path / "networks"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{task}.safetensors"
 
     def checkpoints(self, part: str) -> Path:
         """Return the folder of a part's checkpoint while it is being trained."""

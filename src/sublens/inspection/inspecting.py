@@ -1,10 +1,11 @@
 """``inspect``: from a study to a finished run folder."""
 
 import dataclasses
+import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
@@ -23,9 +24,10 @@ from sublens.fit.settings import Record
 from sublens.groups import check_groups, group
 from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
 from sublens.inspection.network import load_network, prepared, save_network, train_network
+from sublens.inspection.together import train_together
 from sublens.mask import Mask
 from sublens.questions import Found, ask, keep_histogram, unsure_share
-from sublens.selection import match_names
+from sublens.selection import Where, match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
 
 CHECKPOINT_EVERY = 1000
@@ -77,12 +79,9 @@ def inspect(
     folder = Folder(default_folder(study, seed) if out is None else Path(out), config, resume=resume)
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
     if result is None:
-        net = _network(study, seed, folder, weights, progress)
-        masks: dict[str, Mask] = {}
-        for name, task in _parts(study).items():
-            masks[name] = _mask(study, task, name, net, masks.get(study.control.name), seed, folder, progress)
+        networks, masks = _trained(study, seed, folder, weights, progress)
         clock = time.perf_counter()
-        answers = _answers(study, net, masks, seed, folder.keep_probabilities())
+        answers = _answers(study, networks, masks, seed, folder.keep_probabilities())
         seconds = {**folder.seconds(), "analysis": time.perf_counter() - clock}
         seconds["total"] = sum(seconds.values())
         rounded = {name: round(value, 2) for name, value in seconds.items()}
@@ -138,8 +137,13 @@ def _asked(
         raise SettingError(f"seed={seed!r} must be a whole number from 0 to 2**63-1.")
     changes: dict[str, Any] = {"mask_steps": steps, "samples": samples, "alpha": alpha, "groups": groups}
     study = dataclasses.replace(study, **{name: value for name, value in changes.items() if value is not None})
+    if study.together is not None and weights is not None:
+        raise SettingError(
+            f"The study {study.name} trains weights and masks together, so it has no use for the weights in {weights}."
+            " Leave the network out."
+        )
     check_groups(study.groups)
-    return study, _config(study, seed, None if weights is None else hash_of(weights))
+    return study, config_of(study, seed, None if weights is None else hash_of(weights))
 
 
 def _parts(study: Study) -> dict[str, Task]:
@@ -148,10 +152,12 @@ def _parts(study: Study) -> dict[str, Task]:
     return {**tasks, **{repeat_of(name): tasks[name] for name in study.repeated}}
 
 
-def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
+def config_of(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     """Return everything a run depends on that can be written down."""
     plain = (
-        "network_steps", "network_lr", "network_clip", "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
+        "network_steps", "network_lr", "network_clip", "network_optimizer", "network_decay", "network_betas",
+        "network_warmup", "network_milestones",
+        "mask_steps", "mask_lr", "mask_clip", "alpha", "batch_size",
         "penalty", "keep", "samples", "biases", "batch_dim", "evaluate_every", "first_half", "repeated", "random_masks",
         "functions", "compared", "from_control",
     )  # fmt: skip
@@ -161,10 +167,13 @@ def _config(study: Study, seed: int, weights: str | None) -> dict[str, Any]:
     settings["tasks"] = [task.name for task in study.tasks]
     settings["control"] = study.control.name
     settings["questions"] = list(study.questions)
+    settings["together"] = None if study.together is None else dataclasses.asdict(study.together)
     settings["prepare"] = None if study.prepare is None else _described(study.prepare)
     settings["study"] = study.settings
     settings["network_file_sha256"] = weights
-    return {"study": study.name, "preset": study.preset, "seed": seed, "settings": settings}
+    config = {"study": study.name, "preset": study.preset, "seed": seed, "settings": settings}
+    read_back: dict[str, Any] = json.loads(json.dumps(config))  # as the folder's files have it: tuples are lists
+    return read_back
 
 
 def _described(where: Any) -> Any:
@@ -175,7 +184,21 @@ def _described(where: Any) -> Any:
     )
 
 
-def _network(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
+def _trained(
+    study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool
+) -> tuple[dict[str, nn.Module], dict[str, Mask]]:
+    """Train every part of the run, or load what is finished: each mask by its name, and the network it belongs to."""
+    if study.together is not None:
+        return train_together(study, study.together, seed, folder, progress)
+    net = network_of(study, seed, folder, weights, progress)
+    masks: dict[str, Mask] = {}
+    for name, task in _parts(study).items():
+        masks[name] = _mask(study, task, name, net, masks.get(study.control.name), seed, folder, progress)
+    return dict.fromkeys(masks, net), masks
+
+
+def network_of(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
+    """Return the study's network: from the folder, from a file of weights, or trained; in the folder afterwards."""
     if folder.network.exists():
         return load_network(study, seed, folder.network)
     if weights is not None:
@@ -205,22 +228,17 @@ def _mask(
         return Mask.load(folder.mask(name), net)
     part_seed = seed_from(seed, name)
     metrics = _metrics(study)
+    taken: list[str] = []
+    if study.from_control and control is not None and task is not study.control:
+        taken = match_names(study.from_control, control)
+        # Masked as in the control already while the rest is trained.
+        net = control.only(taken).apply(net)
     run = fit(
         net,
         task.batches_for(part_seed),
         task.loss,
-        steps=study.mask_steps,
-        alpha=study.alpha / study.batch_size,
-        penalty=cast(Any, study.penalty),
-        keep=study.keep,
-        samples=study.samples,
+        **{**study.fit_settings(), "where": _without(study.where, taken)},
         seed=part_seed,
-        where=study.where,
-        biases=study.biases,
-        groups=study.groups,
-        batch_dim=study.batch_dim,
-        lr=study.mask_lr,
-        clip=study.mask_clip,
         evaluate=lambda masked: {task: float(metric(masked)) for task, metric in metrics.items()},
         evaluate_every=study.evaluate_every,
         folder=folder.checkpoints(name),
@@ -231,11 +249,20 @@ def _mask(
     folder.finish(name, run.history, run.seconds)
     folder.note_keep_probabilities(name, keep_histogram(run.logits))
     mask = run.mask
-    if study.from_control and control is not None and task is not study.control:
-        mask = mask.replace(control, study.from_control)
+    if control is not None and taken:
+        mask = Mask({layer: (control if layer in taken else mask)[layer] for layer in control}, control.network)
     mask.save(folder.mask(name))
     folder.forget(name)
     return mask
+
+
+def _without(where: Where, names: list[str]) -> Where:
+    """Return the selection without some parameters."""
+    if not names:
+        return where
+    single = where is None or isinstance(where, str | type) or callable(where)
+    given: list[Any] = [where] if single else list(cast(Iterable[Any], where))
+    return [*(item for item in given if item is not None), *(f"!{name}" for name in names)]
 
 
 def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:
@@ -243,23 +270,32 @@ def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:
 
 
 def _answers(
-    study: Study, net: nn.Module, masks: dict[str, Mask], seed: int, keep_probabilities: dict[str, list[int]]
+    study: Study,
+    networks: dict[str, nn.Module],
+    masks: dict[str, Mask],
+    seed: int,
+    keep_probabilities: dict[str, list[int]],
 ) -> dict[str, Any]:
     """Ask every question; see ``docs/studies.md`` for what each answer means."""
     metrics = _metrics(study)
+    net = networks[study.tasks[-1].name]
     repeats = {name: masks[repeat_of(name)] for name in study.repeated}
+    # Masks that trained along with their weights are compared by their places in the network.
+    placed = masks if study.together is None else {name: mask.bind(net) for name, mask in masks.items()}
     asked = {name: masks[name] for name in (study.control.name, *metrics)}
     groupings = group(net, study.where, study.biases, study.groups)
     # What is chosen together counts once, or chance would be taken for much narrower than it is.
-    units = {name: mask.by_group(groupings) for name, mask in masks.items()}
+    units = {name: mask.by_group(groupings) for name, mask in placed.items()}
     overlaps = [
         {"masks": [first, second], **overlap(units[first], units[second])} for first, second in combinations(metrics, 2)
     ]
     answers: dict[str, Any] = {
-        "network": {"accuracy": accuracies(net, metrics)},
+        "network": {
+            "accuracy": {name: accuracies(networks[name], {name: metric})[name] for name, metric in metrics.items()}
+        },
         "masks": {
             name: interrogate(
-                net,
+                networks[name],
                 mask,
                 metrics,
                 half=study.first_half,
@@ -283,18 +319,19 @@ def _answers(
         answers["overlaps"] = overlaps
     if study.confusion is not None:
         answers["confusion"] = {"network": _confusion(study, net, None)}
-        answers["confusion"] |= {name: _confusion(study, net, mask) for name, mask in asked.items()}
+        answers["confusion"] |= {name: _confusion(study, networks[name], mask) for name, mask in asked.items()}
     unsure = {name: unsure_share(counts) for name, counts in keep_probabilities.items()}
-    answers["verdict"] = _verdict(study, masks, answers, unsure, seed)
-    found = Found(
-        network=answers["network"]["accuracy"],
-        masks=answers["masks"],
-        repeats={name: answers["repeats"][name]["accuracy"] for name in repeats},
-        confusion=answers.get("confusion", {}),
-        keep_probabilities={name: counts for name, counts in keep_probabilities.items() if name in asked},
-    )
-    everything = Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed)
-    answers["analysis"] = {name: answer.as_json() for name, answer in ask(everything, found).items()}
+    answers["verdict"] = _verdict(study, placed, answers, unsure, seed)
+    everything = Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed, networks=networks)
+    if study.together is None:  # else each mask has another network, and these questions are asked of one
+        found = Found(
+            network=answers["network"]["accuracy"],
+            masks=answers["masks"],
+            repeats={name: answers["repeats"][name]["accuracy"] for name in repeats},
+            confusion=answers.get("confusion", {}),
+            keep_probabilities={name: counts for name, counts in keep_probabilities.items() if name in asked},
+        )
+        answers["analysis"] = {name: answer.as_json() for name, answer in ask(everything, found).items()}
     if study.questions:
         answers["answers"] = _asked_questions(everything)
     return answers

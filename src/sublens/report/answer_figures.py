@@ -33,8 +33,9 @@ _DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#9a4a00", "#e79a5b
 # Of a picture: kept by none, by one mask alone (in its series' colour, from dark to light, so that they differ in grey
 # too), by several. Of more than two masks only their number is shown: sixteen colours could not be told apart.
 _NONE = "#eef0f2"
-_LIGHTER = (0.0, 0.45, 0.25, 0.65)
-_SEVERAL = ("#5b5f63", "#36393c", "#101214")  # all, one less, ...; from the end
+_LIGHTER = (0.04, 0.45, 0.25, 0.65)
+# By number of masks, all of them last: the darkest, and yet no black, which a dark page would swallow.
+_SEVERAL = ("#7a6a94", "#5d4486", "#3f1f6b")
 
 
 def draw(figure: Figure, name: str) -> Drawing:
@@ -286,7 +287,7 @@ def _picture(picture: Picture, name: str) -> Drawing:
         axes.set_xticks([])  # what is shown may be a part of the rows and columns, so that their numbers mean nothing
         axes.set_yticks([])
         for spine in axes.spines.values():
-            spine.set_visible(False)
+            spine.set_visible(True)
         return drawn(figure, name)
 
 

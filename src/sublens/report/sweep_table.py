@@ -158,7 +158,7 @@ def _taken(run: RunFolder) -> Iterator[tuple[tuple[str, str, str], float, float 
     for pair in run.overlaps:
         yield from _overlap(f"{pair.first} and {pair.second}", pair.total)
     for pair_name, index in run.sharing.items():
-        yield ("index", pair_name, ""), index, None
+        yield ("index", pair_name, ""), index, 0.0  # that of random masks, by its definition
     for name, again in run.repeats.items():
         yield from _overlap(f"{name} and {name} again", again.total)
 

@@ -47,6 +47,36 @@ _BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "Commands and actions (SCAN) in LSTMs: does a mask trained without some combinations still know them?",
         ),
         "scan-transformer": ("sublens.studies.scan", "transformer", "The same in a Transformer."),
+        "mathematics": (
+            "sublens.studies.mathematics",
+            "study",
+            "School mathematics in a Transformer: does the mask of the easy questions answer the hard ones?",
+        ),
+        "class-removal": (
+            "sublens.studies.class_removal",
+            "study",
+            "Leave one class of images out: which weights of a convolutional network did it need?",
+        ),
+        "class-removal-resnet": (
+            "sublens.studies.class_removal",
+            "resnet",
+            "The same in a residual network (ResNet-110).",
+        ),
+        "mask-stability": (
+            "sublens.studies.mask_stability",
+            "study",
+            "Train two masks for the same pair of classes: how much do they overlap?",
+        ),
+        "gradient-cosine": (
+            "sublens.studies.gradient_cosine",
+            "study",
+            "Put a mask on ever more layers: do the kept weights still learn in the same direction?",
+        ),
+        "permuted-digits": (
+            "sublens.studies.permuted_digits",
+            "study",
+            "Learn the same digits under one permutation of their pixels after the other: is anything reused?",
+        ),
         "probe": (
             "sublens.studies.probe",
             "study",
@@ -54,6 +84,12 @@ _BUILT_IN: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         ),
     }
 )
+
+# The fields of a Study that a command may change. batch_size is not among them: the tasks' batches would not follow it.
+_FIELDS = (
+    "network_steps", "network_lr", "network_clip", "mask_lr", "mask_clip", "penalty", "keep", "biases", "groups",
+    "evaluate_every", "random_masks",
+)  # fmt: skip
 
 
 def names() -> list[str]:
@@ -98,6 +134,22 @@ def load(name_or_path: str | Path, *, preset: str | None = None, **settings: Any
     study = _build(_function_of(path, source), str(path), preset, settings, path)
     # The file's hash among the settings: a run of another version of the file is another run.
     return replace(study, settings={**study.settings, "file_sha256": hashlib.sha256(source).hexdigest()})
+
+
+def configured(name_or_path: str | Path, settings: Mapping[str, Any]) -> Study:
+    """Return a study with settings put in: numbers of :class:`sublens.Study`, and those of the study's own function.
+
+    Args:
+        name_or_path: as for :func:`load`.
+        settings: name -> value. ``keep``, ``mask_lr``, ``penalty`` and their like go by their names in
+            :class:`sublens.Study`; all others (``preset``, ``widths``, ``folder``, ...) go to the study's function.
+
+    Raises:
+        StudyError: as for :func:`load`, or an impossible value.
+    """
+    fields = {name: value for name, value in settings.items() if name in _FIELDS}
+    own = {name: value for name, value in settings.items() if name not in fields}
+    return replace(load(name_or_path, **own), **fields)
 
 
 def _function_of(path: Path, source: bytes) -> Callable[..., Study]:
