@@ -379,6 +379,42 @@ def test_every_projection_of_a_transformer_can_have_its_own_granularity() -> Non
     }
 
 
+@pytest.mark.parametrize(
+    ("model", "config", "counts"),
+    [
+        ("BertModel", {}, {"query": 4}),
+        ("GPT2Model", {"n_embd": 16, "n_layer": 1, "n_head": 4}, {"c_attn": 4}),
+        ("LlamaModel", {"num_key_value_heads": 2}, {"q_proj": 4, "k_proj": 2}),
+        ("T5EncoderModel", {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}, {"q": 4}),
+        ("DistilBertModel", {"dim": 16, "n_layers": 1, "n_heads": 4, "hidden_dim": 32}, {"q_lin": 4}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_heads_of_networks_of_transformers(model: str, config: dict[str, Any], counts: dict[str, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    own = config if "num_key_value_heads" not in config and config else sizes | config
+    kind = getattr(transformers, model)
+    network = kind(kind.config_class(vocab_size=50, **own))
+
+    def projections(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
+        return parameter.dim() == 2 and "att" in name.lower() and "embed" not in name and "bias" not in name
+
+    masked = sl.MaskedNetwork(network, groups="head", where=projections, samples=2)
+    assert {name.split(".")[-2]: logits.numel() for name, logits in masked.logits.items()} == counts
+    masked(input_ids=torch.randint(0, 50, (4, 6))).last_hidden_state.square().sum().backward()
+    assert all(logits.grad is not None and float(logits.grad.norm()) > 0 for logits in masked.logits.values())
+    # Every projection is divided among the heads, the last one by its inputs.
+    owners = [each.owner for each in masked.groupings.values()]
+    assert len(owners) == (2 if model == "GPT2Model" else 4)
+    with torch.no_grad():
+        for logits in masked.logits.values():
+            logits.view(-1)[1:] = -1.0
+    mask = masked.mask()
+    for name, each in masked.groupings.items():
+        assert mask.kept_per_layer()[name] == 1 / masked.logits[each.owner].numel()
+
+
 # --- errors
 
 
