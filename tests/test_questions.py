@@ -75,7 +75,14 @@ def test_transfer_holds_every_mask_on_every_task(both: Any, answers: dict[str, A
     assert rows["whole network"] == (1.0, 1.0)
     assert rows["b mask"] == tuple(found.masks["b"]["accuracy"].values())
     assert rows["a mask, another seed"] == tuple(found.repeats["a"].values())
-    assert set(rows) == {"whole network", "all mask", "a mask", "a mask, another seed", "b mask", "random masks, mean"}
+    assert set(rows) == {
+        "whole network",
+        "all mask",
+        "a mask",
+        "a mask, another seed",
+        "b mask",
+        "random masks of the tasks' sizes",
+    }
 
 
 def test_the_change_of_answers_is_to_the_control(answers: dict[str, Answer]) -> None:
@@ -153,3 +160,7 @@ def test_many_tasks_are_put_together_and_no_random_masks_leave_the_checks_out() 
         sum(value for task, value in found.masks["a"]["accuracy"].items() if task != "a") / 4
     )
     assert picture.masks == ("a", "b", "c", "d")
+    own = [found.masks[name]["accuracy"][name] for name in "abcde"]
+    assert (
+        f"a task has {100 * min(own):.1f}\u00a0% to {100 * max(own):.1f}\u00a0%; under" in answers["accuracy"].sentence
+    )

@@ -109,14 +109,29 @@ def bits(draw: Draw, count: int, *, device: torch.device | str = "cpu") -> Tenso
     Returns:
         int32 tensor of shape (count,), values 0 to 65535.
     """
+    # Inside torch.compile one call of an operator: the generator taken apart makes Inductor's work double each round.
+    make = _opaque if torch.compiler.is_compiling() else _pairs
+    return make([*draw.key(), *draw.counter()], count, torch.device(device)) ^ draw.pattern
+
+
+def _pairs(words: list[int], count: int, device: torch.device) -> Tensor:
+    """The draws of the first sample of a pair, from the four words of a key and three of a counter."""
     tiles = -(-count // TILE)
     block = torch.arange(tiles * LANES, dtype=torch.int64, device=device)
-    rest = [torch.full_like(block, word) for word in draw.counter()]
-    words = threefry((block, rest[0], rest[1], rest[2]), draw.key())
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)])
+    rest = [torch.full_like(block, word) for word in words[4:]]
+    found = threefry((block, rest[0], rest[1], rest[2]), (words[0], words[1], words[2], words[3]))
+    halves = torch.stack([half for word in found for half in (word & 0xFFFF, word >> 16)])
     # (word, half, tile, block) to the order of the layout: tile, word, block, half.
     ordered = halves.view(4, 2, tiles, LANES).permute(2, 0, 3, 1)
-    return ordered.reshape(-1)[:count].to(torch.int32) ^ draw.pattern
+    return ordered.reshape(-1)[:count].to(torch.int32)
+
+
+_opaque = torch.library.custom_op("sublens::pairs", _pairs, mutates_args=())
+
+
+@_opaque.register_fake
+def _(words: list[int], count: int, device: torch.device) -> Tensor:
+    return torch.empty(count, dtype=torch.int32, device=device)
 
 
 def uniform(draw: Draw, count: int, *, device: torch.device | str = "cpu") -> Tensor:

@@ -111,12 +111,11 @@ def _accuracy(asked: Asked, found: Found) -> Answer | None:
             for label, mean in (("own task, or mean of all", _own_mean), ("other tasks, mean", _others_mean))
         ]
     own = [name for name in masks if name in found.network]
-    kept = [_percent(found.masks[name]["accuracy"][name]) for name in own]
     others = [found.masks[name]["accuracy"][task] for name in own for task in tasks if task != name]
-    sentence = f"Under its own mask, {_listed(f'{name} has {value}' for name, value in zip(own, kept, strict=True))}"
+    kept = {name: found.masks[name]["accuracy"][name] for name in own}
+    sentence = f"Under its own mask, {_told(kept, '{} has {}', 'a task has {}')}"
     if others:
-        spread = f"{_percent(min(others))} to {_percent(max(others))}" if len(others) > 1 else _percent(others[0])
-        sentence += f"; under the mask of another task, a task has {spread}"
+        sentence += f"; under the mask of another task, a task has {_range(others)}"
     return Answer(
         title="Does each mask have its own task, and only that?",
         sentence=f"{sentence}.",
@@ -148,9 +147,10 @@ def _transfer(found: Found) -> Matrix:
         rows[f"{name} mask"] = [mask["accuracy"][task] for task in tasks]
         if name in found.repeats:
             rows[f"{name} mask, another seed"] = [found.repeats[name][task] for task in tasks]
-    random = [_randoms(found, name) for name in found.masks]
-    if all(random):
-        rows["random masks, mean"] = [_mean([one[task]["mean"] for one in random]) for task in tasks]
+    # The control's random masks are larger than the tasks', so they do not belong in this mean.
+    random = [_randoms(found, name) for name in found.masks if name in found.network]
+    if random and all(random):
+        rows["random masks of the tasks' sizes"] = [_mean([one[task]["mean"] for one in random]) for task in tasks]
     return Matrix(
         title="Transfer: the mask of each row on the task of each column.",
         row_label="weights used",
@@ -241,7 +241,7 @@ def _pictures(asked: Asked, found: Found) -> Answer | None:
     parts.append(f"{_percent(1 - anywhere.kept)} by none")
     return Answer(
         title="Which weights does each task keep?",
-        sentence=f"Of the masked weights, {_listed(parts)}.",
+        sentence=f"Of the masked weights, {_listed(parts)}{_of_which(asked, tasks)}.",
         figures=figures,
         numbers={
             **{f"only_{name}": value for name, value in only.items()},
@@ -250,6 +250,10 @@ def _pictures(asked: Asked, found: Found) -> Answer | None:
             "none": 1 - anywhere.kept,
         },
     )
+
+
+def _of_which(asked: Asked, tasks: Sequence[str]) -> str:
+    return f" of the first {len(tasks)} tasks" if len(tasks) < len(asked.study.tasks) else ""
 
 
 def _rest(masks: Sequence[Mask], mask: Mask) -> Mask:
@@ -315,7 +319,7 @@ def _gates(asked: Asked, found: Found) -> Answer | None:
     if not shares:
         return None
     unsure = {name: unsure_share(found.keep_probabilities[name]) for name in shares}
-    sentence = _listed(f"{_percent(value)} of {name}'s" for name, value in unsure.items())
+    sentence = _told(unsure, "{1} of {0}'s", "{} of each mask's")
     return Answer(
         title="How sure are the gates?",
         sentence=f"Between a keep probability of 0.1 and 0.9 lie {sentence} gates: the fewer, the less the mask"
@@ -365,7 +369,9 @@ def _minimality(asked: Asked, found: Found) -> Answer | None:
     draws = min(_DRAWS, asked.study.random_masks)
     if not draws or not found.network:
         return None
-    series, parts = [], []
+    series = []
+    first: dict[str, float] = {}
+    second: dict[str, float] = {}
     numbers: dict[str, float | None] = {}
     for name in found.masks:
         metrics = _own_metrics(asked, name)
@@ -383,11 +389,13 @@ def _minimality(asked: Asked, found: Found) -> Answer | None:
         chance = _mean(random) if random else None
         series.append(Series(name=name, values=[before, *after], chance=[chance] * (1 + len(_FRACTIONS))))
         numbers |= {f"{name}_{fraction:g}": spread.mean for fraction, spread in zip(_FRACTIONS, after, strict=True)}
-        parts.append(f"{name} from {_percent(before)} to {_percent(after[0].mean)}")
+        first[name], second[name] = before, after[0].mean
     return Answer(
         title="Does a mask keep more than it needs?",
-        sentence=f"Without a random {100 * _FRACTIONS[0]:g} % of the weights that a mask keeps in each layer, accuracy"
-        f" goes: {_listed(parts)}.",
+        sentence="Accuracy on its own task is "
+        f"{_told(first, '{1} under the {0} mask', '{} under each mask')}; without a random"
+        f" {100 * _FRACTIONS[0]:g}\u00a0% of what the mask keeps in each layer it is"
+        f" {_told(second, '{1} for {0}', '{}')}.",
         figures=[
             Lines(
                 title=f"Minimality: accuracy on the mask's own task (the control's: mean of all), mean and range of"
@@ -406,7 +414,7 @@ def _completeness(asked: Asked, found: Found) -> Answer | None:
     draws = min(_DRAWS, asked.study.random_masks)
     if not draws or not found.network:
         return None
-    values: list[Value] = []
+    values: dict[str, float] = {}
     chances: list[Value] = []
     numbers: dict[str, float | None] = {}
     above = []
@@ -416,7 +424,7 @@ def _completeness(asked: Asked, found: Found) -> Answer | None:
             asked.network, asked.masks[name], metrics, draws=draws, seed=seed_from(asked.seed, "completeness", name)
         )
         value, chance = _mean(list(left.values())), _together(list(random.values()))
-        values.append(value)
+        values[name] = value
         chances.append(chance)
         numbers |= {f"{name}_inverse": value, f"{name}_inverse_by_chance": chance.mean}
         if value > chance.high:
@@ -425,7 +433,7 @@ def _completeness(asked: Asked, found: Found) -> Answer | None:
     return Answer(
         title="Does what a mask removes still know the task?",
         sentence="With only the weights that a mask removes, accuracy is "
-        f"{_listed(f'{_percent(cast(float, value))} for {n}' for n, value in zip(found.masks, values, strict=True))};"
+        f"{_told(values, '{1} for {0}', '{}')};"
         f" {beyond} all of {draws} random masks of that size have.",
         figures=[
             Bars(
@@ -433,7 +441,7 @@ def _completeness(asked: Asked, found: Found) -> Answer | None:
                 f" chance: random masks of the inverse's layer sizes, mean and range of {draws}.",
                 label="accuracy",
                 groups=[f"{name}, inverse" for name in found.masks],
-                series=[Series(name="inverse mask", values=values, chance=chances)],
+                series=[Series(name="inverse mask", values=list(values.values()), chance=chances)],
             )
         ],
         numbers=numbers,
@@ -627,11 +635,19 @@ def _ordinal(number: int) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
+    return f"{100 * fraction:.1f}\u00a0%"
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{_percent(min(values))} to {_percent(max(values))}"
+    low, high = _percent(min(values)), _percent(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _told(values: Mapping[str, float], each: str, together: str) -> str:
+    """Write each name with its value, or, where there are many, only how far the values reach."""
+    if len(values) > _MANY_TASKS:
+        return together.format(_range(list(values.values())))
+    return _listed(each.format(name, _percent(value)) for name, value in values.items())
 
 
 def _points(difference: float) -> str:

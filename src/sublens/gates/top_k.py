@@ -18,10 +18,10 @@ from sublens.ranking import count_of, highest, highest_of
 class TopK(Gate):
     """The highest scores are open (edge-popup: Ramanujan et al., CVPR 2020; the logit's absolute value is the score).
 
-    The forward value is h = 1 for the ``fraction`` of elements with the highest |logit|, 0 for the others; the gradient
-    passes through h as if it were not there, so that of the logit is the sign of the logit times that of h. The paper's
-    text calls the scores positive numbers; its authors' code lets a score take either sign and ranks |score|, and so
-    does this gate. Of equal scores the earlier element is kept. There is no noise after the start.
+    The forward value is h = 1 for the ``fraction`` of elements with the highest ``|logit|``, 0 for the others; the
+    gradient passes through h as if it were not there, so that of the logit is the sign of the logit times that of h.
+    The paper's text calls the scores positive numbers; its authors' code lets a score take either sign and ranks
+    ``|score|``, and so does this gate. Of equal scores the earlier element is kept. There is no noise after the start.
 
     As in that code, logits start uniformly distributed between -1 and 1, divided by the square root of the fan-in;
     ``keep`` has no effect. The fraction is given, so there is nothing that a penalty could change, and it is refused.
