@@ -238,7 +238,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     captured = capsys.readouterr()
     assert "6 of 6: a-Mine-0.5-seed1" in captured.err
     for name in ("TopK", "random", "Mine"):
-        assert any(line.startswith(name) and "50.0%" in line for line in captured.out.splitlines())
+        assert any(line.startswith(name) and "50 %" in line for line in captured.out.splitlines())
     assert "duel.html" in captured.out
     for gates, message in (
         ("nobody", "No contestant 'nobody'"),

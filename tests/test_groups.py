@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,11 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 import sublens as sl
 from sublens.errors import SelectionError, SettingError
 from sublens.groups.grouping import Blocks, GroupedGate, Labels
 from sublens.noise import Draw, parameter_id, uniform
+
+if TYPE_CHECKING:
+    from conftest import Case
 
 # The gates' own equations, in float64, stand beside the gates' own tests.
 _spec = importlib.util.spec_from_file_location("gate_kinds", Path(__file__).with_name("test_gate_kinds.py"))
@@ -375,6 +379,42 @@ def test_every_projection_of_a_transformer_can_have_its_own_granularity() -> Non
     }
 
 
+@pytest.mark.parametrize(
+    ("model", "config", "counts"),
+    [
+        ("BertModel", {}, {"query": 4}),
+        ("GPT2Model", {"n_embd": 16, "n_layer": 1, "n_head": 4}, {"c_attn": 4}),
+        ("LlamaModel", {"num_key_value_heads": 2}, {"q_proj": 4, "k_proj": 2}),
+        ("T5EncoderModel", {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}, {"q": 4}),
+        ("DistilBertModel", {"dim": 16, "n_layers": 1, "n_heads": 4, "hidden_dim": 32}, {"q_lin": 4}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_heads_of_networks_of_transformers(model: str, config: dict[str, Any], counts: dict[str, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    own = config if "num_key_value_heads" not in config and config else sizes | config
+    kind = getattr(transformers, model)
+    network = kind(kind.config_class(vocab_size=50, **own))
+
+    def projections(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
+        return parameter.dim() == 2 and "att" in name.lower() and "embed" not in name and "bias" not in name
+
+    masked = sl.MaskedNetwork(network, groups="head", where=projections, samples=2)
+    assert {name.split(".")[-2]: logits.numel() for name, logits in masked.logits.items()} == counts
+    masked(input_ids=torch.randint(0, 50, (4, 6))).last_hidden_state.square().sum().backward()
+    assert all(logits.grad is not None and float(logits.grad.norm()) > 0 for logits in masked.logits.values())
+    # Every projection is divided among the heads, the last one by its inputs.
+    owners = [each.owner for each in masked.groupings.values()]
+    assert len(owners) == (2 if model == "GPT2Model" else 4)
+    with torch.no_grad():
+        for logits in masked.logits.values():
+            logits.view(-1)[1:] = -1.0
+    mask = masked.mask()
+    for name, each in masked.groupings.items():
+        assert mask.kept_per_layer()[name] == 1 / masked.logits[each.owner].numel()
+
+
 # --- errors
 
 
@@ -454,21 +494,25 @@ def test_other_layouts_and_dtypes_of_a_weight() -> None:
     assert grouping.total(half, weight.bfloat16()).dtype == torch.float32
 
 
-def test_no_full_sized_logits_exist_in_a_step() -> None:
+@pytest.mark.parametrize(("kind", "count"), [("row", 64), ("16x16", 16)])
+def test_no_full_sized_logits_exist_in_a_step(kind: str, count: int) -> None:
     # What autograd keeps, and the logits' gradients and optimizer state, are one number for each group.
     network = nn.Linear(64, 64)
-    masked = sl.MaskedNetwork(network, groups="row", samples=1)
+    masked = sl.MaskedNetwork(network, groups=kind, samples=1)
+    optimizer = torch.optim.Adam(masked.parameters())
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss = masked(normal(2, 64)).sum()
     loss.backward()
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
-    large = [address for address, size in sizes.items() if size >= 64 * 64]
-    # The frozen weight, and the masked weight, which the linear layer's own backward pass needs.
-    assert network.weight.data_ptr() in large
-    assert len(large) <= 2
-    assert masked.logits["weight"].grad is not None
-    assert masked.logits["weight"].grad.numel() == 64
+    optimizer.step()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
+    large = [address for address, size in storages.items() if size >= 64 * 64]
+    assert set(large) <= {network.weight.data_ptr()}
+    logits = masked.logits["weight"]
+    assert logits.numel() == count
+    assert logits.grad is not None
+    assert logits.grad.numel() == count
+    assert all(t.numel() <= count for t in optimizer.state[logits].values())
 
 
 def test_a_grouped_gate_reads_no_more_noise_than_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,6 +523,67 @@ def test_a_grouped_gate_reads_no_more_noise_than_groups(monkeypatch: pytest.Monk
     grouped_gate = GroupedGate(gate, Blocks("w", (8, 6), (8, 6), (1, 6)))
     grouped_gate.masked(normal(8, 6), torch.zeros(8, 1), Draw(0, 0, 0, 0))
     assert asked == [8]
+
+
+# --- without a pass over the weight
+
+
+@pytest.mark.parametrize("kind", ["row", "column", (2, None), (None, 3)])
+def test_layers_that_take_the_numbers_instead_of_masked_weights(case: "Case", kind: Any) -> None:
+    # In every network of the table, beside the same call with every weight masked.
+    network, settings = case.made(), {key: value for key, value in case.settings.items() if key != "biases"}
+    args, kwargs = case.inputs(6)
+    found = []
+    for factored in (True, False):
+        masked = sl.MaskedNetwork(network, groups=kind, samples=3, keep=0.6, **settings)
+        if not factored:
+            masked._factors = {}
+        outputs = [leaf for leaf in tree_leaves(masked(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        loss = sum((out.float() * normal(*out.shape, seed=i)).sum() for i, out in enumerate(outputs))
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        found.append(([out.detach() for out in outputs], [logits.grad for logits in masked.logits.values()]))
+    rough = case.dtype == torch.bfloat16
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=5e-2 if rough else 1e-4, atol=5e-2 if rough else 1e-5)
+    if not rough:
+        for one, other in zip(found[0][1], found[1][1], strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_and_columns_of_plain_layers_are_not_masked_weights() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(36, 3))
+    for kind, there in (
+        ("row", True),
+        ("column", True),
+        ("layer", True),
+        ("kernel", False),
+        ("1x2", False),
+        ("weight", False),
+    ):
+        masked = sl.MaskedNetwork(network, groups=kind, samples=2)
+        assert (set(masked._factors) == {"0.weight", "2.weight"}) == there, kind
+    masked = sl.MaskedNetwork(network, groups="row", samples=2)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        masked(normal(4, 2, 5, 5)).sum().backward()
+    mine = {network[0].weight.data_ptr(), network[2].weight.data_ptr()}
+    assert all(t.data_ptr() in mine for t in kept if t.shape in (network[0].weight.shape, network[2].weight.shape))
+    attention = sl.MaskedNetwork(Attention(), groups="column")
+    assert not attention._factors
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3))
+    tied[1].weight = tied[0].weight
+    assert not sl.MaskedNetwork(tied, groups="row", where="0.weight")._factors
+
+
+def test_autocast_gives_the_dtypes_of_the_plain_network() -> None:
+    network, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), normal(4, 6)
+    for kind in ("row", "column"):
+        masked = sl.MaskedNetwork(network, groups=kind, samples=2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert masked(x).dtype == network(x).dtype == torch.bfloat16
 
 
 # --- the whole way: fit, checkpoints, files, diagnosis

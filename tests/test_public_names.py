@@ -11,7 +11,7 @@ import sublens
 NAMES = {
     "AlphaPath", "BatchError", "Bernoulli", "ContinuousSparsification", "CutGraphError", "Diagnosis", "FileError",
     "Finding", "Gate",
-    "GumbelSigmoid", "HardConcrete", "Mask", "NOfM", "Threshold", "TopK",
+    "GumbelSigmoid", "HardConcrete", "LostRankError", "Mask", "NOfM", "Threshold", "TopK",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
     "StudyError", "SublensError", "Switchboard", "Task", "agree", "attribution_mask", "contrast", "diagnose",
     "fingerprint", "fit", "forget", "inspect", "magnitude_mask", "random_mask", "select",

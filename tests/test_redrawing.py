@@ -104,6 +104,22 @@ def test_no_masked_weight_lives_from_forward_to_backward(name: str, monkeypatch:
     assert [reference() for reference in alive] == [None] * len(alive)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_was_drawn_again_goes_with_its_last_use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Redrawing] = []
+    start = Redrawing.__init__
+    monkeypatch.setattr(Redrawing, "__init__", lambda self: (made.append(self), start(self))[1])
+    held = []
+    monkeypatch.setattr(
+        "sublens.masked_network._Gated.backward",
+        staticmethod(lambda ctx, gradient: (held.extend(name for one in made for name in one._made), (None,) * 6)[1]),
+    )
+    sl.MaskedNetwork(NETWORKS[name](), samples=2)(inputs()).sum().backward()
+    assert made
+    # By the time its gradient is complete, nothing holds a masked weight but those who asked for it.
+    assert held == []
+
+
 def test_backward_can_be_run_twice() -> None:
     masked = sl.MaskedNetwork(made("lstm"), samples=2)
     output = masked(inputs()).square().sum()

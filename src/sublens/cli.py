@@ -303,17 +303,16 @@ def _duel(
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("contestant", no_wrap=True)
-    for column in ("kept", "accuracy, 95 % interval", "IoU of seeds", "seconds", "memory"):
+    for column in ("kept", "accuracy, 95 %", "IoU", "time", "memory"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in found.table.rows:
-        seconds = f"{sorted(row.seconds)[len(row.seconds) // 2]:.1f}"
-        stable = f"{sum(row.stability) / len(row.stability):.3f}" if row.stability else "n/a"
+        stable = f"{sum(row.stability) / len(row.stability):.2f}" if row.stability else "n/a"
         name = row.contestant if len(found.table.network) == 1 else f"{row.task}: {row.contestant}"
-        cells = (f"{row.asked:.1%}", accuracy_text(row), stable, seconds, memory_text(row))
-        table.add_row(name, *cells)
+        time = f"{sorted(row.seconds)[len(row.seconds) // 2]:.0f} s"
+        table.add_row(name, f"{100 * row.asked:g} %", accuracy_text(row), stable, time, memory_text(row))
     console = _console()
     console.print(table)
-    console.print()
+    console.print("\nAccuracy: mean over the seeds and its interval. IoU: of the masks of two seeds.\n", soft_wrap=True)
     for kind in ("json", "csv", "html"):
         console.print(f"{kind:>5}: {found.folder / f'duel.{kind}'}", soft_wrap=True)
 
@@ -368,8 +367,8 @@ def _show(folder: Path) -> None:
     console = _console()
     console.print(f"{run.study}, seed {run.seed}: accuracy on each task\n")
     console.print(table)
-    for pair in run.overlaps:
-        console.print(f"\n{sentences.overlap(pair, {})}")
+    for sentence in sentences.overlaps(run.overlaps):
+        console.print(f"\n{sentence}")
     for answer in run.answers.values():
         console.print(f"\n{answer.title}\n{answer.sentence}")
     for verdict in run.verdict.values():

@@ -37,6 +37,18 @@ class CutGraphError(SublensError, RuntimeError):
     """The loss does not reach the logits, so no mask can be learned from it."""
 
 
+class LostRankError(SublensError, RuntimeError):
+    """Another process of a job that trains one mask together is gone.
+
+    Attributes:
+        ranks: those that no longer answer.
+    """
+
+    def __init__(self, message: str, *, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
 class NonFiniteError(SublensError, ArithmeticError):
     """NaN or infinity in the loss or in a gradient.
 

@@ -1,5 +1,6 @@
 """``MaskedNetwork``: a frozen network, a selection and a gate make a module to call and to train."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping
@@ -16,7 +17,7 @@ from sublens import linear_route, recomputation
 from sublens.calling import call_with, plain
 from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid, Penalty
-from sublens.groups import GroupedGate, Grouping, Groups, group
+from sublens.groups import FactoredWeight, GroupedGate, Grouping, Groups, factors, group
 from sublens.kernels import LOGIT_BOUND
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
@@ -67,6 +68,9 @@ class MaskedNetwork(nn.Module):
     Attributes:
         network: the network.
         step: number of training calls so far; names the noise of the next one. Not in ``state_dict()``.
+        first_sample: number of the first of the K samples within a step, 0. Processes that train one mask together
+            (:func:`sublens.fit` with ``processes``, or ``DistributedDataParallel`` around this module) each take other
+            samples of the same step: the process of rank r begins at r K.
 
     Raises:
         SettingError: ``keep``, ``samples`` or ``groups`` is impossible.
@@ -101,10 +105,12 @@ class MaskedNetwork(nn.Module):
         self.batch_dim = batch_dim
         self.frozen = frozen
         self.step = 0
+        self.first_sample = 0
         self._ids = {name: parameter_id(grouping.owner) for name, grouping in self._groupings.items()}
         self._aliases = tied_names(network)
         self._fingerprint = fingerprint(network)
         self._axes: dict[Hashable, Axes] = {}
+        self._factors = factors(network, self._groupings)
         self._seen_a_gradient = False
         self._penalised = False  # whether the penalty needs the sums of logits
         self._sums: dict[str, tuple[Tensor, int]] | None = None
@@ -350,7 +356,7 @@ class MaskedNetwork(nn.Module):
         logits = self.logits
 
         def put(name: str, weight: Tensor) -> Tensor:
-            draw = Draw(self.seed, step, 0, self._ids[name])
+            draw = Draw(self.seed, step, self.first_sample, self._ids[name])
             return linear_route.GatedWeight(logits[name], weight, draw, chunks)
 
         return put
@@ -363,14 +369,24 @@ class MaskedNetwork(nn.Module):
         trained = {} if self.frozen else dict(self.network.named_parameters())
 
         def put(name: str, weight: Tensor) -> Tensor:
-            draw = Draw(self.seed, step, sample, self._ids[name])
+            draw = Draw(self.seed, step, self.first_sample + sample, self._ids[name])
             grouping = self._groupings[name]
             scores = logits[grouping.owner]
             gate = gates[grouping.owner] if grouping.fine else GroupedGate(gates[grouping.owner], grouping)
-            gated: Tensor = _Gated.apply(scores, trained.get(name, weight), gate, draw, redrawing, name)
-            # Logits that are changed before the backward pass are noticed there, by the node just made.
-            redrawing.add(name, gated, lambda: gate.masked(weight, scores.detach(), draw))
-            return gated
+
+            def whole() -> Tensor:
+                gated: Tensor = _Gated.apply(scores, trained.get(name, weight), gate, draw, redrawing, name)
+                # Logits that are changed before the backward pass are noticed there, by the node just made.
+                redrawing.add(name, gated, lambda: gate.masked(weight, scores.detach(), draw))
+                return gated
+
+            if name not in self._factors or not self.frozen:
+                return whole()
+            vector, of_outputs = self._factors[name]
+            of_each = GroupedGate(gates[grouping.owner], vector)
+            ones = torch.ones(vector.shape, device=weight.device)
+            numbers = _Gated.apply(scores, ones, of_each, draw, redrawing, name)
+            return FactoredWeight(weight, numbers, of_outputs, functools.cache(whole))
 
         try:
             return self._call(put, args, kwargs, redrawing.hooks)

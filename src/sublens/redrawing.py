@@ -2,8 +2,8 @@
 
 An operation such as a product keeps its operands for its backward pass, and with them every masked weight of every
 sample: K times the network. For the time of a call, PyTorch's hooks for saved tensors replace each masked weight, or
-view of one, by its name; when the backward pass asks for it, its draw is repeated. What it made stays until the
-gradient of that masked weight is complete, since a recurrent layer asks for it at every step.
+view of one, by its name; when the backward pass asks for it, its draw is repeated. What it made stays until it has
+been asked for as often as it was to be kept, since a recurrent layer asks for it at every step.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Redrawing:
         self._names: dict[int, str] = {}  # where a masked weight's data begin -> its name
         self._makers: dict[str, Callable[[], Tensor]] = {}
         self._made: dict[str, Tensor] = {}
+        self._uses: dict[str, int] = {}  # how often it was to be kept
+        self._left: dict[str, int] = {}  # how often it will still be asked for in this backward pass
 
     def add(self, name: str, masked: Tensor, make: Callable[[], Tensor]) -> None:
         """Remember that ``make()`` gives the data of ``masked`` again."""
@@ -49,8 +51,9 @@ class Redrawing:
         self._names.clear()
 
     def done(self, name: str) -> None:
-        """The gradient of this masked weight is complete."""
+        """This masked weight is not needed any more in this backward pass."""
         self._made.pop(name, None)
+        self._left.pop(name, None)
 
     def _pack(self, tensor: Tensor) -> Any:
         storage = _storage(tensor)
@@ -58,6 +61,7 @@ class Redrawing:
         if name is None:
             # With hooks PyTorch no longer notices a kept tensor that is overwritten before the backward pass.
             return tensor, tensor._version
+        self._uses[name] = self._uses.get(name, 0) + 1
         return _View(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, kept: Any) -> Tensor:
@@ -73,7 +77,11 @@ class Redrawing:
         if kept.name not in self._made:
             with torch.no_grad():
                 self._made[kept.name] = self._makers[kept.name]()
-        return self._made[kept.name].as_strided(kept.size, kept.stride, kept.offset)
+        view = self._made[kept.name].as_strided(kept.size, kept.stride, kept.offset)
+        self._left[kept.name] = self._left.get(kept.name, self._uses[kept.name]) - 1
+        if self._left[kept.name] == 0:
+            self.done(kept.name)
+        return view
 
 
 def _storage(tensor: Tensor) -> int | None:

@@ -49,12 +49,15 @@ class State:
 class RunFolder:
     """The files of one run, opened to begin it or, with ``resume``, to continue it.
 
+    Where several processes train one mask, all read the folder and one of them ``writes``.
+
     Raises:
         SettingError: the folder already holds a run and ``resume`` is false.
         FileError: checkpoint or history cannot be read, or do not fit together.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, resume: bool) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, resume: bool, writes: bool = True) -> None:
+        self._writes = writes
         self.path = Path(folder)
         self.checkpoint_step: int | None = None
         self._history = self.path / "history.jsonl"
@@ -69,7 +72,7 @@ class RunFolder:
         if self._checkpoint.exists():
             self._tensors, self._metadata = load_tensors(self._checkpoint, "checkpoint")
         # A process that was killed while it wrote could not take its temporary file away.
-        for left in self.path.glob(f".{self._checkpoint.name}.*.tmp"):
+        for left in self.path.glob(f".{self._checkpoint.name}.*.tmp") if writes else ():
             left.unlink(missing_ok=True)
 
     def restore(self, settings: Mapping[str, Any], logits: Mapping[str, Tensor], optimizer: Optimizer) -> State | None:
@@ -98,6 +101,8 @@ class RunFolder:
 
     def open_history(self, state: State) -> list[Record]:
         """Cut the history to what ``state`` covers, and return those records."""
+        if not self._writes:
+            return self._records(state)
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self._history, "ab") as file:
             size = file.tell()
@@ -107,13 +112,20 @@ class RunFolder:
                     "history was shortened after the run; put it back, or start anew in another folder."
                 )
             file.truncate(state.position)
+        return self._records(state)
+
+    def _records(self, state: State) -> list[Record]:
+        if not state.position:
+            return []
         try:
-            return [json.loads(line) for line in self._history.read_text("utf-8").splitlines()]
+            return [json.loads(line) for line in self._history.read_bytes()[: state.position].splitlines()]
         except ValueError as error:
             raise FileError(f"{self._history} is not a history of records, one JSON object a line: {error}.") from error
 
     def append(self, record: Record) -> int:
-        """Write one record, and return the history's new length in bytes."""
+        """Write one record, and return the history's new length in bytes (0 where another process writes it)."""
+        if not self._writes:
+            return 0
         line = json.dumps(record, allow_nan=False) + "\n"
         with open(self._history, "ab") as file:
             file.write(line.encode())
@@ -123,6 +135,9 @@ class RunFolder:
         self, state: State, settings: Mapping[str, Any], logits: Mapping[str, Tensor], optimizer: Optimizer
     ) -> None:
         """Replace the checkpoint, after the history it counts on has reached the disk."""
+        if not self._writes:
+            self.checkpoint_step = state.step
+            return
         with open(self._history, "ab") as file:
             os.fsync(file.fileno())
         tensors = {f"logit.{name}": logit.detach() for name, logit in logits.items()}

@@ -17,6 +17,7 @@ from sublens.fit.batches import Batches, BatchSource, random_state_kept
 from sublens.fit.checkpoint import RunFolder, State, check_storable
 from sublens.fit.optimizers import describe_optimizer, make_optimizer
 from sublens.fit.progress import Display
+from sublens.fit.ranks import Processes, Ranks
 from sublens.fit.settings import DEFAULT_ALPHA, DEFAULT_LR, Record, Settings, Settled
 from sublens.fit.strength import AlphaPath, Controller
 from sublens.fit.training import Training
@@ -79,6 +80,7 @@ def fit(
     checkpoint_every: int = 1000,
     progress: bool | str = True,
     callbacks: Sequence[Callable[[Record], object]] = (),
+    processes: Processes = None,
 ) -> Run:
     """Train a mask for one task on a frozen network, which is left exactly as it was.
 
@@ -119,6 +121,9 @@ def fit(
         checkpoint_every: steps between checkpoints. One more follows the last step, and Ctrl-C.
         progress: a bar on a terminal and lines elsewhere, on standard error; a string labels them, ``False`` is silent.
         callbacks: functions (or objects with ``__call__``) that are given a copy of each new record.
+        processes: ``"all"``, or a torch.distributed ProcessGroup: its processes train this one mask together, each with
+            ``samples`` samples of its own and its own part of every batch; see ``docs/processes.md``. ``None`` trains
+            in this process alone, also where there are others.
 
     Returns:
         The run: its mask, logits and history.
@@ -131,7 +136,9 @@ def fit(
         NonFiniteError: NaN or infinity in the loss or in a gradient; the last checkpoint is kept.
         MismatchError: the run in ``folder`` had other settings than this call.
         FileError: a file in ``folder`` cannot be read or written.
+        LostRankError: another process of ``processes`` is gone.
     """
+    ranks = Ranks(processes)
     settings = Settings(
         steps=steps,
         alpha=DEFAULT_ALPHA if alpha is None and kept is None else alpha,
@@ -171,25 +178,31 @@ def fit(
             masked.penalty(settings.alpha if isinstance(settings.alpha, (int, float)) else 1.0, kind=penalty)
         if kept is not None:
             Controller(masked, steps, kept, per_layer, [])  # likewise, a number of elements that there are not
+        masked.first_sample = ranks.rank * samples
         trainer = make_optimizer(settings, masked.logits)
-        described = _describe(settings, masked, trainer, keep=keep, samples=samples, batch_dim=batch_dim)
+        described = _describe(settings, masked, trainer, keep=keep, samples=samples * ranks.count, batch_dim=batch_dim)
+        ranks.check_equal(masked.logits, 0, described)
         store: RunFolder | None = None
         state, history = State(forwards=masked.step), list[Record]()
         if folder is not None:
-            check_storable(trainer)
-            store = RunFolder(folder, resume=resume)
+            ranks.gather_state(trainer)
+            if ranks.leads:
+                check_storable(trainer)
+            store = RunFolder(folder, resume=resume, writes=ranks.leads)
             state = store.restore(described, masked.logits, trainer) or state
             if state.step > steps:
                 raise MismatchError(
                     f"The run in {store.path} has already done {state.step} steps, where this call has steps={steps}. "
                     f"Resume it with steps={state.step} or more, or start anew in another folder."
                 )
+            ranks.check_equal(masked.logits, state.step)  # all have read what is there before it is written to
             history = store.open_history(state)
             source.rewind(state.step, state.epoch, state.epoch_start)
         masked.train()
-        training = Training(settings, described, masked, trainer, source, store, state, history)
-        with Display(progress, steps, done=state.step) as display:
+        training = Training(settings, described, masked, trainer, source, store, state, history, ranks)
+        with Display(progress if ranks.leads else False, steps, done=state.step) as display:
             stopped = training.run(display)
+        ranks.check_equal(masked.logits, state.step)
         logits = {name: logit.detach() for name, logit in masked.logits.items()}
         return Run(masked.mask(), logits, history, stopped, state.step, training.seconds())
 

@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
@@ -20,9 +21,11 @@ from sublens.fit.batches import BatchSource, seed_torch
 from sublens.fit.checkpoint import RunFolder, State
 from sublens.fit.optimizers import Adam
 from sublens.fit.progress import Display
+from sublens.fit.ranks import Ranks
 from sublens.fit.settings import OWN_FIELDS, Record, Settings
 from sublens.fit.strength import AlphaPath, Controller
 from sublens.masked_network import MaskedNetwork
+from sublens.splitting import flatten
 
 
 class Training:
@@ -38,7 +41,9 @@ class Training:
         folder: RunFolder | None,
         state: State,
         history: list[Record],
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self.state = state
         self.history = history
         self._settings = settings
@@ -81,8 +86,10 @@ class Training:
                 first = False
                 display.step(state.step)
         except KeyboardInterrupt:
-            with uninterrupted():
-                self._save()
+            # Other ranks are interrupted elsewhere, so nothing can be asked of them now.
+            if self._ranks.leads and not self._ranks.shards(self._optimizer):
+                with uninterrupted():
+                    self._write()
             raise
 
     def _step(self, first: bool) -> None:
@@ -90,6 +97,8 @@ class Training:
         state, masked = self.state, self._masked
         masked.step = state.forwards
         batch = self._batches(state.step)
+        if first:
+            self._warn_of_equal_batches(batch)
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._settings.loss(masked, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -99,10 +108,11 @@ class Training:
             )
         if first:
             check_first_step(loss, self._logits)
-        value = loss.item()
+        value = self._ranks.mean(loss.item())
         if not math.isfinite(value):
             self._stop_on_loss(value)
         loss.backward()
+        self._ranks.average_gradients(self._logits.values())
         # From here to the counters the run is in no state that a checkpoint could hold.
         with uninterrupted():
             alpha = self._alpha()
@@ -157,7 +167,7 @@ class Training:
                 metrics = [value for name, value in record.items() if name not in OWN_FIELDS]
                 state.seen = [*state.seen, [kept, *metrics]][-settings.settle.window :]
         display.record(record, evaluated=evaluates)
-        for callback in settings.callbacks:
+        for callback in settings.callbacks if self._ranks.leads else ():
             callback(dict(record))
 
     def _evaluate(self) -> dict[str, float | None]:
@@ -181,9 +191,26 @@ class Training:
             raise SettingError(
                 f"evaluate(net) returned a metric called {taken[0]!r}, a name that each record already has."
             )
-        return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        # Those of one rank count for all, so that all of them stop at the same step.
+        return self._ranks.first({name: value if math.isfinite(value) else None for name, value in metrics.items()})
+
+    def _warn_of_equal_batches(self, batch: Any) -> None:
+        tensors = {str(i): leaf for i, leaf in enumerate(flatten(batch)[0]) if isinstance(leaf, Tensor)}
+        if self._ranks.count > 1 and self._ranks.are_equal(tensors) and tensors:
+            warnings.warn(
+                f"All {self._ranks.count} ranks were given the same batch. Each should take a part of it, as in "
+                "batch[rank::ranks], or a DataLoader with a DistributedSampler.",
+                stacklevel=4,
+            )
 
     def _save(self) -> None:
+        if self._folder is None or self._folder.checkpoint_step == self.state.step:
+            return
+        self._ranks.check_equal(self._logits, self.state.step)
+        self._ranks.gather_state(self._optimizer)
+        self._write()
+
+    def _write(self) -> None:
         folder, state = self._folder, self.state
         if folder is None or folder.checkpoint_step == state.step:
             return

@@ -103,6 +103,7 @@ class Blocks(Grouping):
         view: the shape in which the parameter is cut, with as many elements.
         block: elements of a block along each dimension of ``view``, from 1 to its size.
         outputs: the dimensions of ``view`` that count the module's outputs, as its bias does; empty if unknown.
+        inputs: those that count its inputs; empty if unknown.
     """
 
     owner: str
@@ -110,6 +111,7 @@ class Blocks(Grouping):
     view: tuple[int, ...]
     block: tuple[int, ...]
     outputs: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -147,6 +149,11 @@ class Blocks(Grouping):
         result = torch.empty_like(whole, memory_format=torch.contiguous_format)
         for region, of_grid, elements, broadcast in self._regions():
             w, v, out = whole[region].view(elements), values[of_grid].view(broadcast), result[region].view(elements)
+            if 1 < elements[-1] < 64 and elements[-2] > 1:
+                # Rows of numbers, one for each element: long rows are multiplied many times faster than short blocks.
+                rows = (*elements[:-2], elements[-2] * elements[-1])
+                v = v.expand(*broadcast[:-1], elements[-1]).reshape(*broadcast[:-2], rows[-1])
+                w, out = whole[region].view(rows), result[region].view(rows)
             if v.dtype == torch.bool:
                 torch.where(v, w, w.new_zeros(()), out=out)
             else:
@@ -158,8 +165,11 @@ class Blocks(Grouping):
         whole, by = weight.reshape(self.view), gradient.reshape(self.view)
         result = torch.empty(self.grid, dtype=torch.float32, device=weight.device)
         for region, of_grid, elements, broadcast in self._regions():
-            products = (by[region].float() * whole[region].float()).view(elements)
-            result[of_grid].view(broadcast).copy_(products.sum(tuple(range(1, products.dim(), 2)), keepdim=True))
+            products = (by[region].float() * whole[region].float()).reshape(_merged(elements))
+            # The outer dimension first: whole rows are added to each other, and little is left for the inner one.
+            for dim in range(1, products.dim(), 2):
+                products = products.sum(dim, keepdim=True)
+            result[of_grid].view(broadcast).copy_(products.view(broadcast))
         return result
 
     def spread(self, values: Tensor) -> Tensor:
@@ -183,14 +193,17 @@ class Blocks(Grouping):
         """The fields that say which elements belong together."""
         return {"owner": self.owner, "view": list(self.view), "block": list(self.block)}
 
-    def of_bias(self, size: int) -> "Blocks | None":
-        """The same groups for a bias with one element per output, or ``None`` if an output lies in several groups."""
-        view = tuple(self.view[d] for d in self.outputs)
-        others = [d for d in range(len(self.view)) if d not in self.outputs]
-        if math.prod(view) != size or not view or any(self.block[d] < self.view[d] for d in others):
+    def along(self, dims: tuple[int, ...]) -> "Blocks | None":
+        """The same groups for a vector with one element for each index of some dimensions of ``view``.
+
+        A bias is such a vector along the outputs. ``None`` if an index lies in several groups, or ``dims`` is empty.
+        """
+        others = [d for d in range(len(self.view)) if d not in dims]
+        if not dims or any(self.block[d] < self.view[d] for d in others):
             return None
-        # One dimension more than the bias has: it is never fine, for the logits have the owner's shape.
-        return Blocks(self.owner, (size,), (*view, 1), (*(self.block[d] for d in self.outputs), 1))
+        view = tuple(self.view[d] for d in dims)
+        # One dimension more than the vector has: it is never fine, for the logits have the owner's shape.
+        return Blocks(self.owner, (math.prod(view),), (*view, 1), (*(self.block[d] for d in dims), 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +249,19 @@ class Labels(Grouping):
 
     def _index(self, like: Tensor) -> Tensor:
         return self.index.to(like.device)
+
+
+def _merged(elements: tuple[int, ...]) -> tuple[int, ...]:
+    """(g1, b1, g2, b2, ...) with neighbours made one where that changes no group: as few dimensions as there can be."""
+    pairs: list[tuple[int, int]] = []
+    for groups, length in zip(elements[::2], elements[1::2], strict=True):
+        if pairs and groups == 1:
+            pairs[-1] = (pairs[-1][0], pairs[-1][1] * length)
+        elif pairs and pairs[-1][1] == 1:
+            pairs[-1] = (pairs[-1][0] * groups, length)
+        else:
+            pairs.append((groups, length))
+    return tuple(number for pair in pairs for number in pair)
 
 
 def _times(weight: Tensor, values: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def _of_bias(name: str, bias: nn.Parameter, found: Mapping[str, Grouping]) -> Gr
     weight = found.get(f"{path}.{last.replace('bias', 'weight')}".lstrip("."))
     if not isinstance(weight, Blocks) or weight.fine or bias.dim() != 1:
         return None
-    return weight.of_bias(bias.numel())
+    vector = weight.along(weight.outputs)
+    return vector if vector is not None and vector.shape == bias.shape else None
 
 
 def _grouping(
@@ -108,13 +109,15 @@ def _grouping(
             )
         lengths = (*kind, *(None,) * (len(shape) - len(kind)))
         block = tuple(size if n is None else min(n, size) for n, size in zip(lengths, shape, strict=True))
-        return Blocks(name, shape, shape, block, layout_of(module, parameter).plain_outputs)
+        layout = layout_of(module, parameter)
+        inputs = layout.inputs if layout.view == shape else ()
+        return Blocks(name, shape, shape, block, layout.plain_outputs, inputs)
     if kind == "head":
         return heads(modules, name, parameter, found)
     layout = layout_of(module, parameter)
     if kind == "weight":
         return Blocks(name, shape, shape, (1,) * len(shape), layout.plain_outputs)
-    return Blocks(name, shape, layout.view, _block(kind, name, layout), layout.outputs)
+    return Blocks(name, shape, layout.view, _block(kind, name, layout), layout.outputs, layout.inputs)
 
 
 def _block(kind: str, name: str, layout: Layout) -> tuple[int, ...]:
