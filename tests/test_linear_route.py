@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import sublens as sl
 from sublens import linear_route
 from sublens.linear_route import per_example
+from sublens.noise import parameter_id
 
 
 def chain(*between: nn.Module) -> nn.Sequential:
@@ -130,3 +131,54 @@ def test_a_network_that_writes_into_its_input_does_so_once() -> None:
     once = nn.functional.elu(x)
     sl.MaskedNetwork(nn.Sequential(nn.ELU(inplace=True), nn.Linear(6, 4)), samples=4)(x)
     assert torch.equal(x, torch.full((8, 6), -1.0)) or torch.equal(x, once)
+
+
+# The compiler remarks on much of what it traces.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("samples", [1, 4])
+def test_a_compiled_network_takes_the_general_route(samples: int) -> None:
+    network = chain(nn.ReLU())
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
+    expected = run(sl.MaskedNetwork(network, samples=samples), x)
+    compiled = torch.compile(network, backend="eager")
+    assert linear_route.is_compiled(nn.Sequential(compiled))  # type: ignore[arg-type]
+    assert not linear_route.is_compiled(network)
+    masked = sl.MaskedNetwork(compiled, samples=samples)  # type: ignore[arg-type]
+    # The noise is named by the parameter, and a compiled network's parameters have other names.
+    masked._ids = {name: parameter_id(name.removeprefix("_orig_mod.")) for name in masked._ids}
+    for one, other in zip(run(masked, x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def compiled_part(x: Tensor) -> Tensor:
+    return torch.tanh(x) * 2
+
+
+class CallsCompiled(nn.Module):
+    """Calls a compiled function, with a graph break in it, between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.part = torch.compile(self.broken, backend="eager")
+
+    def broken(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        torch._dynamo.graph_break()
+        return compiled_part(self.second(y))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)  # type: ignore[no-any-return]
+
+
+# The compiler remarks on much of what it traces.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("samples", [1, 4])
+def test_code_that_is_compiled_on_the_way_does_not_reach_our_loops(samples: int) -> None:
+    torch.manual_seed(0)
+    network = CallsCompiled()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
+    found = run(sl.MaskedNetwork(network, samples=samples), x)
+    network.part = network.broken
+    for one, other in zip(found, run(sl.MaskedNetwork(network, samples=samples), x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -364,6 +364,22 @@ def test_many_pairs_have_a_section_each(tmp_path):
     assert "Overlap of add and all" in seen.text
 
 
+def test_very_many_pairs_are_one_matrix(tmp_path):
+    content = result()
+    pair = content["overlap"]
+    ious = {"a": 0.25, "b": 0.5, "c": 0.75, "d": 0.3, "e": 0.35, "f": 0.4, "g": 0.45}
+    content["overlaps"] = [{**pair, "masks": ["add", name], "iou": iou} for name, iou in ious.items()]
+    folder = folder_of(tmp_path / "run", content, history())
+    seen = page(folder)
+    assert "Overlap of all masks" in seen.text
+    assert "Overlap of add and a" not in seen.text
+    assert (folder / "figures" / "overlaps.svg").is_file()
+    assert not (folder / "figures" / "overlap-per-layer.svg").exists()
+    (sentence,) = sentences.overlaps(read(folder).overlaps)
+    assert sentence.startswith("The 7 pairs of masks have an IoU from 0.250 (add and a) to 0.750 (add and c); random")
+    assert sentence.replace("&", "&amp;") in seen.text
+
+
 def damaged(change: Any) -> dict[str, Any]:
     content = result_with_answers()
     change(content)

@@ -367,8 +367,8 @@ def _show(folder: Path) -> None:
     console = _console()
     console.print(f"{run.study}, seed {run.seed}: accuracy on each task\n")
     console.print(table)
-    for pair in run.overlaps:
-        console.print(f"\n{sentences.overlap(pair, {})}")
+    for sentence in sentences.overlaps(run.overlaps):
+        console.print(f"\n{sentence}")
     for answer in run.answers.values():
         console.print(f"\n{answer.title}\n{answer.sentence}")
     for verdict in run.verdict.values():

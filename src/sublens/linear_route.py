@@ -10,6 +10,7 @@ on the whole batch. Other networks are called under :func:`torch.func.vmap` over
 sees one chunk; that costs some milliseconds a call.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class NotLinearError(Exception):
 
 def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> bool:
     """Whether all masked parameters are float32 CPU weights of ``nn.Linear``, used nowhere else, under a fused gate."""
-    if not (gate.fused and kernels.fused() and blocked.agrees()):
+    if not (gate.fused and kernels.fused() and blocked.agrees()) or is_compiled(network):
         return False
     parameters = dict(network.named_parameters())
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -72,6 +73,12 @@ def per_example(network: nn.Module) -> bool:
         return type(module) in _BY_EXAMPLE
 
     return type(network) is nn.Sequential and acts_alone(network)
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether a part of the network is compiled: its code wants weights that are ordinary tensors."""
+    compiler = sys.modules.get("torch._dynamo")
+    return compiler is not None and any(isinstance(module, compiler.OptimizedModule) for module in network.modules())
 
 
 @dataclass(frozen=True)

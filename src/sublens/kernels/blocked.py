@@ -40,6 +40,7 @@ def agrees() -> bool:
     return torch.equal(forward(x, weight, logits, draw), torch.stack(expected).unsqueeze(1))
 
 
+@threads.untraced
 def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
     """Each sample's inputs times its masked weight, transposed.
 
@@ -63,6 +64,7 @@ def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
     return _unpacked(sums, samples, m, height)
 
 
+@threads.untraced
 def backward(
     gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, *, wants_x: bool
 ) -> tuple[Tensor | None, Tensor]:

@@ -86,6 +86,7 @@ def _has_plain_data(tensor: Tensor) -> bool:
         return False
 
 
+@threads.untraced
 def walk(
     weight: Tensor,
     logits: Tensor,
@@ -145,6 +146,7 @@ def logit_gradient(gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw)
     return out
 
 
+@threads.untraced
 def squares(gradient: Tensor, constant: float) -> float:
     """Sum of the squares of a gradient with a constant added to each of its numbers.
 
@@ -164,6 +166,7 @@ def squares(gradient: Tensor, constant: float) -> float:
     return float(sums.sum())
 
 
+@threads.untraced
 def adam(
     values: Tensor,
     gradient: Tensor,

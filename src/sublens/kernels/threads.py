@@ -8,10 +8,14 @@ the same work; the loops take their share from one atomic counter, so that eithe
 
 import ctypes
 import functools
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @functools.cache
@@ -29,6 +33,24 @@ def _gomp_parallel() -> Any | None:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="sublens")
+
+
+def untraced(function: F) -> F:
+    """Decorator: keep ``torch.compile`` out of a function that hands addresses to compiled loops.
+
+    Where a compiled network breaks its graph, PyTorch traces whatever Python runs next, ours included, and tensors then
+    have no addresses. ``torch.compiler.disable`` loads the compiler, so it is used only once something else has.
+    """
+
+    @functools.cache
+    def disabled() -> Any:
+        return torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled()(*args, **kwargs) if "torch._dynamo" in sys.modules else function(*args, **kwargs)
+
+    return cast(F, call)
 
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

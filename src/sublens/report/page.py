@@ -1,13 +1,13 @@
 """The page: one HTML file that holds everything it shows, with no script and nothing to fetch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sublens.answers import Answer
+from sublens.answers import Answer, Matrix
 from sublens.errors import FileError
 from sublens.report import figures, sentences
 from sublens.report.answer_figures import draw
@@ -71,7 +71,9 @@ def _draw(run: RunFolder) -> dict[str, Drawing]:
         "kept-per-layer": figures.kept_per_layer({name: mask.kept_per_layer for name, mask in run.masks.items()}),
         "curves": figures.curves(run.history),
     }
-    for index, pair in enumerate(run.overlaps):
+    if len(run.overlaps) > sentences.MOST_PAIRS:
+        drawn["overlaps"] = draw(_overlap_matrix(run.overlaps), "overlaps")
+    for index, pair in enumerate(_told_one_by_one(run)):
         name = _overlap_name(index)
         drawn[name] = figures.overlap_per_layer(pair, name, _repeats_of(run, pair))
     for kind, answers in (("answer", run.answers), ("analysis", run.analysis)):
@@ -89,6 +91,35 @@ def _answer_name(kind: str, question: str, index: int) -> str:
 
 def _repeats_of(run: RunFolder, pair: Overlap) -> dict[str, Overlap]:
     return {task: repeat for task, repeat in run.repeats.items() if task in (pair.first, pair.second)}
+
+
+def _told_one_by_one(run: RunFolder) -> Sequence[Overlap]:
+    return run.overlaps if len(run.overlaps) <= sentences.MOST_PAIRS else ()
+
+
+def _overlap_matrix(pairs: Sequence[Overlap]) -> Matrix:
+    names = list(dict.fromkeys(name for pair in pairs for name in (pair.first, pair.second)))
+    iou = {frozenset((pair.first, pair.second)): pair.total.measures.get("iou") for pair in pairs}
+    return Matrix(
+        title="IoU of each pair of masks, over all layers",
+        row_label="mask",
+        column_label="mask",
+        rows=names,
+        columns=names,
+        values=[[iou.get(frozenset((row, column))) for column in names] for row in names],
+        unit="number",
+    )
+
+
+def _all_pairs(run: RunFolder, figure: Callable[[str, str], Markup | None]) -> dict[str, Any]:
+    (sentence,) = sentences.overlaps(run.overlaps)
+    title = _overlap_matrix(run.overlaps).title
+    return {
+        "title": "Overlap of all masks",
+        "sentence": sentence,
+        "figures": [(title, figure("overlaps", title))],
+        "tables": [],
+    }
 
 
 def _overlap_name(index: int) -> str:
@@ -111,7 +142,7 @@ def _render(run: RunFolder, drawn: Mapping[str, Drawing]) -> str:
         "curves": sentences.curves(run.history),
     }
     pairs = []
-    for index, pair in enumerate(run.overlaps):
+    for index, pair in enumerate(_told_one_by_one(run)):
         text = sentences.overlap(pair, _repeats_of(run, pair))
         pairs.append({"pair": pair, "sentence": text, "figure": figure(_overlap_name(index), text)})
     return environment.get_template("page.html.j2").render(
@@ -125,6 +156,7 @@ def _render(run: RunFolder, drawn: Mapping[str, Drawing]) -> str:
         kept_figure=figure("kept-per-layer", texts["kept"]),
         curves_figure=figure("curves", texts["curves"]),
         pairs=pairs,
+        all_pairs=_all_pairs(run, figure) if "overlaps" in drawn else None,
         answers=[_answer("answer", question, answer, figure) for question, answer in run.answers.items()],
         analysis=[_answer("analysis", question, answer, figure) for question, answer in run.analysis.items()],
         colours=COLOURS,

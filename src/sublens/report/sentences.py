@@ -7,6 +7,9 @@ from sublens.report.run_folder import Overlap, OverlapValues, Record, RunFolder
 
 _SPACE = "\u00a0"  # no line break between a number and its unit
 
+MOST_PAIRS = 6
+"""Pairs of masks that are told of one by one."""
+
 
 def percent(fraction: float) -> str:
     """Write a fraction of 1 in percent, with one decimal; "n/a" if it is not a finite number."""
@@ -112,6 +115,22 @@ def kept(run: RunFolder) -> str:
                 text += ", the same share in every layer"
         parts.append(text)
     return _sentence("; ".join(parts)) if parts else "There are no masks."
+
+
+def overlaps(pairs: Sequence[Overlap]) -> list[str]:
+    """Say of each pair what :func:`overlap` says; of more than ``MOST_PAIRS`` how far they spread, in one sentence."""
+    if len(pairs) <= MOST_PAIRS:
+        return [overlap(pair, {}) for pair in pairs]
+    measured = [pair for pair in pairs if "iou" in pair.total.measures]
+    if not measured:
+        return ["No overlap was measured."]
+    least, *_, most = sorted(measured, key=lambda pair: pair.total.measures["iou"])
+    chances = [pair.total.chance["iou"].mean for pair in measured if "iou" in pair.total.chance]
+    beside = f"; random masks of their layer sizes have {min(chances):.3f} to {max(chances):.3f}" if chances else ""
+    return [
+        f"The {len(measured)} pairs of masks have an IoU from {least.total.measures['iou']:.3f} ({least.first} and"
+        f" {least.second}) to {most.total.measures['iou']:.3f} ({most.first} and {most.second}){beside}."
+    ]
 
 
 def overlap(pair: Overlap, repeats: Mapping[str, Overlap]) -> str:
