@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sublens.errors import SettingError
+from sublens.kernels.threads import untraced
 
 
 @contextmanager
@@ -52,6 +53,7 @@ def refuse_in_graph(outputs: Iterable[Any]) -> None:
                 nodes.append(following)
 
 
+@untraced
 def _look(module: nn.Module | None = None, inputs: Any = None) -> None:
     # Non-reentrant checkpoints work through default hooks for saved tensors; torch tells of them only privately.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

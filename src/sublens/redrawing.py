@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from sublens.kernels.threads import untraced
+
 
 @dataclass(frozen=True)
 class _View:
@@ -55,6 +57,7 @@ class Redrawing:
         self._made.pop(name, None)
         self._left.pop(name, None)
 
+    @untraced
     def _pack(self, tensor: Tensor) -> Any:
         storage = _storage(tensor)
         name = None if storage is None else self._names.get(storage)
@@ -64,6 +67,7 @@ class Redrawing:
         self._uses[name] = self._uses.get(name, 0) + 1
         return _View(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
+    @untraced
     def _unpack(self, kept: Any) -> Tensor:
         if not isinstance(kept, _View):
             tensor, version = kept

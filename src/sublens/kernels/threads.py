@@ -36,7 +36,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def untraced(function: F) -> F:
-    """Decorator: keep ``torch.compile`` out of a function that hands addresses to compiled loops.
+    """Decorator: keep ``torch.compile`` out of a function, such as one that hands addresses to compiled loops.
 
     Where a compiled network breaks its graph, PyTorch traces whatever Python runs next, ours included, and tensors then
     have no addresses. ``torch.compiler.disable`` loads the compiler, so it is used only once something else has.
