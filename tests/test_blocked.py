@@ -55,7 +55,7 @@ def assert_agrees(samples: int, m: int, width: int, height: int, draw: Draw = DR
         inputs, grad = x[k].double(), gradient[k].double()
         assert_near(y[k], inputs @ masked.T, inputs.abs() @ masked.abs().T, width)
         assert_near(of_x[k], grad @ masked, grad.abs() @ masked.abs(), height)
-        slope = weight.double() * reference.slope(logits, sample_of(draw, k), 1.0).double()
+        slope = weight.double() * reference.slope(logits, sample_of(draw, k)).double()
         total += grad.T @ inputs * slope
         magnitude += grad.abs().T @ inputs.abs() * slope.abs()
     assert_near(of_logits, total, magnitude, samples * (m + 10))
@@ -88,7 +88,7 @@ def test_antithetic_pairs_fold_as_single_samples_do_at_the_bound_of_logits() -> 
         _, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=False)
         expected, magnitude = torch.zeros(40, 96).double(), torch.zeros(40, 96).double()
         for k in range(2):
-            term = weight.double() * reference.slope(logits, sample_of(DRAW, k), 1.0).double()
+            term = weight.double() * reference.slope(logits, sample_of(DRAW, k)).double()
             expected += gradient[k].double().T @ x[k].double() * term
             magnitude += gradient[k].abs().double().T @ x[k].abs().double() * term.abs()
         assert_near(of_logits, expected, magnitude, 20)

@@ -54,7 +54,8 @@ def given() -> dict[str, Any]:
     full = sl.Mask.full(network)
     return {
         "torch": torch, "nn": nn, "math": math, "sl": sl, "cross_entropy": cross_entropy,
-        "network": network, "x": x, "y": y, "batches": lambda step: (x, y), "loss": loss, "alpha": 1e-6,
+        "network": network, "x": x, "y": y, "batches": lambda step: (x, y), "add_batches": lambda step: (x, y),
+        "mul_batches": lambda step: (x, y), "loss": loss, "alpha": 1e-6,
         "evaluate": lambda net: {"accuracy": accuracy(net)}, "metrics": {"add": accuracy, "mul": accuracy},
         "masked": masked, "logits": logits, "optimizer": torch.optim.Adam(logits.values()), "forward": masked,
         "penalty": masked.penalty(1e-6), "add_loss": loss, "mul_loss": loss, "control": full,
@@ -67,15 +68,19 @@ def given() -> dict[str, Any]:
 @pytest.fixture
 def in_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings of a few steps, and studies too."""
-    fit, study = sl.fit, sl.Study
+    fit, fit_tasks, study = sl.fit, sl.fit_tasks, sl.Study
 
     def short_fit(*args: Any, **settings: Any) -> sl.Run:
         return fit(*args, **{**settings, "steps": min(settings.get("steps", STEPS), STEPS), "progress": False})
+
+    def short_tasks(*args: Any, **settings: Any) -> dict[str, sl.Run]:
+        return fit_tasks(*args, **{**settings, "steps": min(settings.get("steps", STEPS), STEPS), "progress": False})
 
     def short_study(**settings: Any) -> sl.Study:
         return study(**{**settings, "network_steps": STEPS, "mask_steps": STEPS})
 
     monkeypatch.setattr(sl, "fit", short_fit)
+    monkeypatch.setattr(sl, "fit_tasks", short_tasks)
     monkeypatch.setattr(sl, "Study", short_study)
 
 

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 import sublens as sl
+from sublens import kernels
 from sublens.errors import SelectionError, SettingError
 from sublens.groups.grouping import Blocks, GroupedGate, Labels
 from sublens.noise import Draw, parameter_id, uniform
@@ -517,10 +518,9 @@ def test_no_full_sized_logits_exist_in_a_step(kind: str, count: int) -> None:
 
 def test_a_grouped_gate_reads_no_more_noise_than_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    gate = sl.HardConcrete()
-    original = sl.HardConcrete._soft
-    monkeypatch.setattr(sl.HardConcrete, "_soft", lambda gate, *of: asked.append(of[0].numel()) or original(gate, *of))
-    grouped_gate = GroupedGate(gate, Blocks("w", (8, 6), (8, 6), (1, 6)))
+    original = kernels.scaled
+    monkeypatch.setattr(kernels, "scaled", lambda weight, *of: asked.append(of[0].numel()) or original(weight, *of))
+    grouped_gate = GroupedGate(sl.HardConcrete(), Blocks("w", (8, 6), (8, 6), (1, 6)))
     grouped_gate.masked(normal(8, 6), torch.zeros(8, 1), Draw(0, 0, 0, 0))
     assert asked == [8]
 

@@ -14,7 +14,7 @@ NAMES = {
     "GumbelSigmoid", "HardConcrete", "LostRankError", "Mask", "NOfM", "Threshold", "TopK",
     "MaskedNetwork", "MismatchError", "NonFiniteError", "Run", "SelectionError", "SettingError", "Settled", "Study",
     "StudyError", "SublensError", "Switchboard", "Task", "agree", "attribution_mask", "contrast", "diagnose",
-    "fingerprint", "fit", "forget", "inspect", "magnitude_mask", "random_mask", "select",
+    "fingerprint", "fit", "fit_tasks", "forget", "inspect", "magnitude_mask", "random_mask", "select",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from sublens.errors import (
 
 if TYPE_CHECKING:
     from sublens.diagnosis import Diagnosis, Finding, diagnose
-    from sublens.fit import AlphaPath, Run, Settled, fit
+    from sublens.fit import AlphaPath, Run, Settled, fit, fit_tasks
     from sublens.gates import (
         Bernoulli,
         ContinuousSparsification,
@@ -81,6 +81,7 @@ __all__ = [
     "diagnose",
     "fingerprint",
     "fit",
+    "fit_tasks",
     "forget",
     "inspect",
     "magnitude_mask",
@@ -113,6 +114,7 @@ _ROOM_OF = {
     "diagnose": "diagnosis",
     "fingerprint": "mask",
     "fit": "fit",
+    "fit_tasks": "fit",
     "forget": "objectives",
     "inspect": "inspection",
     "magnitude_mask": "reference_masks",

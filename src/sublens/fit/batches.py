@@ -136,6 +136,17 @@ class BatchSource:
         )
 
 
+def moving_parts(batches: object) -> list[object]:
+    """What changes while these batches are drawn: the iterator itself, if it is one, and a DataLoader's generators.
+
+    Nobody else may draw from them meanwhile.
+    """
+    return [
+        *([batches] if isinstance(batches, Iterator) else []),
+        *(generator for generator, _ in _own_generators(batches)),
+    ]
+
+
 def _own_generators(batches: object) -> list[tuple[torch.Generator, int]]:
     """The torch generators a DataLoader and its samplers draw from, each once, with the seed its owner gave it."""
     batch_sampler = getattr(batches, "batch_sampler", None)

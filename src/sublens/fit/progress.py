@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,6 +15,28 @@ BAR_SECONDS = 0.1
 LINE_SECONDS = 10.0
 
 
+@contextlib.contextmanager
+def sharing(progress: bool | str) -> Iterator[Progress | None]:
+    """One block of bars for the displays of several runs: a terminal shows no two at once. ``None`` elsewhere."""
+    console = Console(stderr=True)
+    if progress is False or not console.is_terminal:
+        yield None
+        return
+    with _bar(console) as bar:
+        yield bar
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        console=console,
+    )
+
+
 class Display:
     """Shows how far a run has come, on standard error so that a program's own output stays clean.
 
@@ -21,30 +45,33 @@ class Display:
         steps: the number of steps of the run.
         done: steps already done when the display begins (a resumed run).
         console: where to write; standard error by default.
+        bar: what :func:`sharing` gave, where several runs are shown together.
     """
 
-    def __init__(self, progress: bool | str, steps: int, done: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        progress: bool | str,
+        steps: int,
+        done: int = 0,
+        console: Console | None = None,
+        bar: Progress | None = None,
+    ) -> None:
         self._label = progress if isinstance(progress, str) else "mask"
         self._steps = steps
         self._done = done
         self._shown = progress is not False
         self._console = console or Console(stderr=True)
         self._bar: Progress | None = None
+        self._shared = bar
         self._text = ""
         self._began = self._next = time.monotonic()
 
     def __enter__(self) -> Display:
         if self._shown and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}", markup=False),
-                console=self._console,
-            )
+            self._bar = self._shared or _bar(self._console)
             self._task = self._bar.add_task(self._label, total=self._steps, completed=self._done, text="")
-            self._bar.start()
+            if self._shared is None:
+                self._bar.start()
         else:
             self._next += LINE_SECONDS
         return self
@@ -52,7 +79,8 @@ class Display:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.update(self._task, text=self._text)
-            self._bar.stop()
+            if self._shared is None:
+                self._bar.stop()
 
     def step(self, step: int) -> None:
         """``step`` steps are done. Called at every step, so it looks at the clock and nearly always returns."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -138,27 +140,52 @@ def fit(
         FileError: a file in ``folder`` cannot be read or written.
         LostRankError: another process of ``processes`` is gone.
     """
+    return _end_of(fitting(None, **locals()))
+
+
+def _end_of(training: Generator[None, None, Run]) -> Run:
+    """Go through a training without a pause."""
+    with contextlib.closing(training):
+        while True:
+            try:
+                next(training)
+            except StopIteration as ended:
+                run: Run = ended.value
+                return run
+
+
+def fitting(
+    bar: Progress | None,
+    *,
+    network: nn.Module,
+    batches: Batches,
+    alpha: float | AlphaPath | None,
+    kept: Kept | None,
+    seed: int,
+    keep: float,
+    samples: int,
+    where: Where,
+    biases: bool,
+    gate: Gate | None,
+    groups: Groups,
+    batch_dim: int,
+    processes: Processes,
+    callbacks: Sequence[Callable[[Record], object]],
+    **others: Any,
+) -> Generator[None, None, Run]:
+    """One call of :func:`fit`, which pauses now and then so that others can do something.
+
+    Args:
+        bar: where progress is shown, if others show theirs there too.
+        **others: what of the arguments of :func:`fit` is in :class:`Settings` and not named here.
+    """
     ranks = Ranks(processes)
     settings = Settings(
-        steps=steps,
         alpha=DEFAULT_ALPHA if alpha is None and kept is None else alpha,
         kept=kept,
-        per_layer=per_layer,
-        penalty=penalty,
         seed=seed,
-        loss=loss,
-        optimizer=optimizer,
-        lr=lr,
-        clip=clip,
-        evaluate=evaluate,
-        evaluate_every=evaluate_every,
-        record_every=record_every,
-        checkpoint_every=checkpoint_every,
-        settle=settle,
-        folder=folder,
-        resume=resume,
-        progress=progress,
         callbacks=tuple(callbacks),
+        **others,
     )
     source = BatchSource(batches, seed)
     with random_state_kept(), source.generators_kept():
@@ -175,33 +202,36 @@ def fit(
         )
         with torch.no_grad():
             # Refused here, before anything is written, where a gate takes no penalty.
-            masked.penalty(settings.alpha if isinstance(settings.alpha, (int, float)) else 1.0, kind=penalty)
+            masked.penalty(settings.alpha if isinstance(settings.alpha, (int, float)) else 1.0, kind=settings.penalty)
         if kept is not None:
-            Controller(masked, steps, kept, per_layer, [])  # likewise, a number of elements that there are not
+            Controller(masked, settings.steps, kept, settings.per_layer, [])  # likewise, more elements than there are
         masked.first_sample = ranks.rank * samples
         trainer = make_optimizer(settings, masked.logits)
+        yield  # what can be refused has been: with several tasks, before any of them trains or writes
         described = _describe(settings, masked, trainer, keep=keep, samples=samples * ranks.count, batch_dim=batch_dim)
         ranks.check_equal(masked.logits, 0, described)
         store: RunFolder | None = None
         state, history = State(forwards=masked.step), list[Record]()
-        if folder is not None:
+        if settings.folder is not None:
             ranks.gather_state(trainer)
             if ranks.leads:
                 check_storable(trainer)
-            store = RunFolder(folder, resume=resume, writes=ranks.leads)
+            store = RunFolder(settings.folder, resume=settings.resume, writes=ranks.leads)
             state = store.restore(described, masked.logits, trainer) or state
-            if state.step > steps:
+            if state.step > settings.steps:
                 raise MismatchError(
-                    f"The run in {store.path} has already done {state.step} steps, where this call has steps={steps}. "
-                    f"Resume it with steps={state.step} or more, or start anew in another folder."
+                    f"The run in {store.path} has already done {state.step} steps, where this call has "
+                    f"steps={settings.steps}. Resume it with steps={state.step} or more, or start anew in another "
+                    "folder."
                 )
             ranks.check_equal(masked.logits, state.step)  # all have read what is there before it is written to
             history = store.open_history(state)
             source.rewind(state.step, state.epoch, state.epoch_start)
         masked.train()
         training = Training(settings, described, masked, trainer, source, store, state, history, ranks)
-        with Display(progress if ranks.leads else False, steps, done=state.step) as display:
-            stopped = training.run(display)
+        shown = settings.progress if ranks.leads else False
+        with Display(shown, settings.steps, done=state.step, bar=bar) as display:
+            stopped = yield from training.run(display)
         ranks.check_equal(masked.logits, state.step)
         logits = {name: logit.detach() for name, logit in masked.logits.items()}
         return Run(masked.mask(), logits, history, stopped, state.step, training.seconds())

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -58,8 +58,11 @@ class Training:
             self._controller = Controller(masked, settings.steps, settings.kept, settings.per_layer, state.steered)
         self._clock = time.perf_counter()
 
-    def run(self, display: Display) -> Literal["steps", "settled"]:
-        """Train to the end, and return why it ended: ``"steps"`` or ``"settled"``."""
+    def run(self, display: Display) -> Generator[None, None, Literal["steps", "settled"]]:
+        """Train to the end, pausing after each record, and return why it ended: ``"steps"`` or ``"settled"``.
+
+        Whoever closes it while it pauses stops it as Ctrl-C does: with a checkpoint.
+        """
         state, settings = self.state, self._settings
         first = True
         try:
@@ -73,6 +76,8 @@ class Training:
                 # the checkpoint, and so is no part of it: a run taken further has the records of one never stopped.
                 if self._record_due() and (evaluates or not last):
                     self._record(display, evaluates)
+                    if not last:
+                        yield from self._pause()
                 settled = settings.settle is not None and settings.settle.reached(state.seen)
                 if settled or last or (state.step > 0 and state.step % settings.checkpoint_every == 0):
                     self._save()
@@ -85,12 +90,18 @@ class Training:
                 self._step(first)
                 first = False
                 display.step(state.step)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, GeneratorExit):
             # Other ranks are interrupted elsewhere, so nothing can be asked of them now.
             if self._ranks.leads and not self._ranks.shards(self._optimizer):
                 with uninterrupted():
                     self._write()
             raise
+
+    def _pause(self) -> Generator[None, None, None]:
+        """Let others do something. Their time is not this run's."""
+        began = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - began
 
     def _step(self, first: bool) -> None:
         """One step in the paper's order: backward of the task loss, of the penalty, clip, update."""

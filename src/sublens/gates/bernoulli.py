@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sublens import kernels
@@ -25,5 +24,4 @@ class Bernoulli(Gate):
 
     def logit_gradient(self, gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """The gradient times the weight times p (1 - p)."""
-        p = torch.sigmoid(logits)
-        return gradient.float() * weight.float() * p * (1 - p)
+        return kernels.logit_gradient(gradient, weight, logits, None)

@@ -43,4 +43,4 @@ class GumbelSigmoid(Gate):
 
     def logit_gradient(self, gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """The gradient times the weight times ds/dlogit."""
-        return kernels.logit_gradient(gradient, weight, logits, draw, self.tau)
+        return kernels.logit_gradient(gradient, weight, logits, draw, kernels.Curve(self.tau))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sublens import kernels
 from sublens.errors import SettingError
 from sublens.gates.base import Gate
-from sublens.noise import Draw, uniform
+from sublens.noise import Draw
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,11 @@ class HardConcrete(Gate):
 
     def masked(self, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """The weight times z."""
-        return weight * self._stretched(self._soft(logits, draw)).clamp(0, 1).to(weight.dtype)
+        return kernels.scaled(weight, logits, draw, self._curve)
 
     def logit_gradient(self, gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """The gradient times the weight times dz/dlogit."""
-        s = self._soft(logits, draw)
-        t = self._stretched(s)
-        slope = (self.zeta - self.gamma) / self.beta * s * (1 - s)
-        return gradient.float() * weight.float() * torch.where((t > 0) & (t < 1), slope, 0.0)
+        return kernels.logit_gradient(gradient, weight, logits, draw, self._curve)
 
     def decision(self, logits: Tensor) -> Tensor:
         """The logit, less the one at which the paper's gate at test time is 1/2."""
@@ -65,9 +63,6 @@ class HardConcrete(Gate):
         """The probability of z > 0."""
         return torch.sigmoid(logits - self.beta * math.log(-self.gamma / self.zeta))
 
-    def _soft(self, logits: Tensor, draw: Draw) -> Tensor:
-        u = uniform(draw, logits.numel(), device=logits.device).view(logits.shape)
-        return torch.sigmoid((torch.log(u) - torch.log1p(-u) + logits) / self.beta)
-
-    def _stretched(self, s: Tensor) -> Tensor:
-        return s * (self.zeta - self.gamma) + self.gamma
+    @property
+    def _curve(self) -> kernels.Curve:
+        return kernels.Curve(self.beta, self.gamma, self.zeta)

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from sublens.errors import SettingError
 from sublens.gates.base import Gate, Penalty
-from sublens.noise import Draw, uniform
+from sublens.kernels import uniform
+from sublens.noise import Draw
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sublens.errors import SettingError
 from sublens.gates.base import Gate, Penalty
-from sublens.noise import Draw, uniform
+from sublens.kernels import uniform
+from sublens.noise import Draw
 from sublens.ranking import count_of, highest, highest_of
 
 

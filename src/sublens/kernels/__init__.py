@@ -1,21 +1,25 @@
 """How gates are executed.
 
-The contract is two functions of one parameter and one draw: ``masked(weight, logits, draw)`` gives the weight with its
-closed elements at zero, ``logit_gradient(gradient, weight, logits, draw, tau)`` what comes back. ``reference`` is plain
-PyTorch and is the definition; ``cpu`` gives the same samples bit for bit, and the same gradients within float32
-rounding; ``blocked`` makes linear layers of ``cpu`` and matrix products.
+The contract is a few functions of one parameter and one draw: ``masked(weight, logits, draw)`` gives the weight with
+its closed elements at zero, ``scaled(weight, logits, draw, curve)`` the weight times a soft sample, and
+``logit_gradient(gradient, weight, logits, draw, curve)`` what comes back from either; ``uniform(draw, count)`` gives
+the noise itself, for whoever makes something else of it. ``reference`` is plain PyTorch and is the definition; ``cpu``
+gives the same draws and hard samples bit for bit, and soft samples and gradients within float32 rounding; ``blocked``
+makes linear layers of ``cpu`` and matrix products.
 """
 
 import os
 
+import torch
 from torch import Tensor
 
+from sublens import noise
 from sublens.errors import SettingError
 from sublens.kernels import cpu, reference
-from sublens.kernels.reference import LOGIT_BOUND
+from sublens.kernels.reference import LOGIT_BOUND, SIGMOID, Curve
 from sublens.noise import Draw
 
-__all__ = ["LOGIT_BOUND", "logit_gradient", "masked"]
+__all__ = ["LOGIT_BOUND", "SIGMOID", "Curve", "logit_gradient", "masked", "scaled", "uniform"]
 
 _CHOICES = ("auto", "reference")
 
@@ -35,8 +39,25 @@ def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
     return reference.masked(weight, logits, draw)
 
 
-def logit_gradient(gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw, tau: float) -> Tensor:
-    """Gradient of the logits (float32, their shape) from that of the masked weight."""
-    if tau == 1.0 and fused() and cpu.applies(weight, logits) and cpu.applies(gradient, logits):
-        return cpu.logit_gradient(gradient, weight, logits, draw)
-    return reference.logit_gradient(gradient, weight, logits, draw, tau)
+def scaled(weight: Tensor, logits: Tensor, draw: Draw, curve: Curve) -> Tensor:
+    """The weight times the draw's relaxed sample; shape, dtype and device of ``weight``."""
+    if fused() and cpu.applies(weight, logits):
+        return cpu.scaled(weight, logits, draw, curve)
+    return reference.scaled(weight, logits, draw, curve)
+
+
+def logit_gradient(
+    gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw | None, curve: Curve = SIGMOID
+) -> Tensor:
+    """Gradient of the logits (float32, their shape) from that of the masked or scaled weight. No draw, no noise."""
+    if fused() and cpu.applies(weight, logits) and cpu.applies(gradient, logits):
+        return cpu.logit_gradient(gradient, weight, logits, draw, curve)
+    return reference.logit_gradient(gradient, weight, logits, draw, curve)
+
+
+def uniform(draw: Draw, count: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """As :func:`sublens.noise.uniform`, bit for bit: float32 of shape (count,), in 0..1 without its ends."""
+    fast = torch.device(device).type == "cpu" and fused() and not torch.compiler.is_compiling() and count > 0
+    if fast and cpu.agrees():
+        return cpu.uniform(draw, count)
+    return noise.uniform(draw, count, device=device)

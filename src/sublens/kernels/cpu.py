@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sublens.kernels import reference, threads
-from sublens.kernels.reference import LOGIT_BOUND
+from sublens.kernels.reference import LOGIT_BOUND, SIGMOID, Curve
 from sublens.noise import Draw
 
 _SMALL = 32_768
@@ -22,7 +22,7 @@ log = logging.getLogger("sublens")
 
 @functools.cache
 def compiled(module: str = "loops") -> Any:
-    """A module of compiled loops: ``"loops"``, ``"linear_loops"`` or ``"updates"``."""
+    """A module of compiled loops: ``"loops"``, ``"linear_loops"``, ``"soft_loops"`` or ``"updates"``."""
     # Imported at first use: Numba takes a second to load, and the first time ever some ten to compile.
     log.info("sublens: loading the fused CPU kernels (the first time on a machine they are compiled, then cached)")
     return importlib.import_module(f"sublens.kernels.{module}")
@@ -139,10 +139,75 @@ def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
     return out
 
 
-def logit_gradient(gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
-    """As :func:`sublens.kernels.reference.logit_gradient` with tau = 1."""
+def scaled(weight: Tensor, logits: Tensor, draw: Draw, curve: Curve) -> Tensor:
+    """As :func:`sublens.kernels.reference.scaled`."""
+    out = torch.empty(weight.shape, dtype=torch.float32)
+    soften(weight.contiguous(), logits.contiguous(), draw, curve, scaled=out)
+    return out
+
+
+def logit_gradient(
+    gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw | None, curve: Curve = SIGMOID
+) -> Tensor:
+    """As :func:`sublens.kernels.reference.logit_gradient`."""
     out = torch.empty(logits.shape, dtype=torch.float32)
-    walk(weight.contiguous(), logits.contiguous(), draw, gradient=gradient.resolve_neg().contiguous(), result=out)
+    whole = gradient.resolve_neg().contiguous()
+    if curve == SIGMOID and draw is not None:
+        walk(weight.contiguous(), logits.contiguous(), draw, gradient=whole, result=out)
+    else:
+        soften(weight.contiguous(), logits.contiguous(), draw, curve, gradient=whole, result=out)
+    return out
+
+
+@functools.cache
+def _noise_of_levels() -> Tensor:
+    return reference.noise_of_levels()
+
+
+@threads.untraced
+def soften(
+    weight: Tensor,
+    logits: Tensor,
+    draw: Draw | None,
+    curve: Curve,
+    *,
+    scaled: Tensor | None = None,
+    gradient: Tensor | None = None,
+    result: Tensor | None = None,
+) -> None:
+    """Walk once over a parameter for one relaxed sample, or for s without noise if there is no draw.
+
+    Args:
+        weight: contiguous float32.
+        logits: likewise, same number of elements.
+        draw: names the sample.
+        curve: what is made of it.
+        scaled: written: the weight times the sample.
+        gradient: read: gradient of that.
+        result: written, where ``gradient`` is given: gradient of the logits.
+    """
+    loops = compiled("soft_loops")
+    p = np.zeros(loops.SOFT_FIELDS, np.int64)
+    p[loops.WEIGHT], p[loops.LOGITS], p[loops.COUNT] = weight.data_ptr(), logits.data_ptr(), weight.numel()
+    for field, tensor in ((loops.MASKED, scaled), (loops.GRADIENT, gradient), (loops.RESULT, result)):
+        p[field] = 0 if tensor is None else tensor.data_ptr()
+    if draw is not None:
+        p[loops.NOISE] = _noise_of_levels().data_ptr()
+        name(p, draw)
+    f = p.view(np.float64)
+    f[loops.TAU], f[loops.LOW], f[loops.HIGH] = curve.tau, curve.low, curve.high
+    threads.run(loops.soften.address, p.ctypes.data, parallel=weight.numel() >= _SMALL)
+
+
+@threads.untraced
+def uniform(draw: Draw, count: int) -> Tensor:
+    """As :func:`sublens.noise.uniform`, bit for bit; ``count`` is at least 1."""
+    loops = compiled("soft_loops")
+    out = torch.empty(count, dtype=torch.float32, device="cpu")
+    p = np.zeros(loops.SOFT_FIELDS, np.int64)
+    p[loops.MASKED], p[loops.COUNT] = out.data_ptr(), count
+    name(p, draw)
+    threads.run(loops.uniform.address, p.ctypes.data, parallel=count >= _SMALL)
     return out
 
 

@@ -9,7 +9,11 @@ With the odds o = exp(logit), s > 1/2 iff u > 1 / (1 + o), whatever tau is; and 
 and ds/dlogit = s (1 - s). Since u = (k + 1/2) / 65536 with an integer k (:mod:`sublens.noise`), an element is open iff
 k >= T with the integer threshold T = floor(65536 / (1 + o) + 1/2). Every float32 operation here is rounded by
 itself, in the order written, so a fused path that keeps the order gets the same bits.
+
+A :class:`Curve` says what is made of the relaxed sample: its temperature, and whether it is stretched and cut.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,18 +70,54 @@ def is_open(logits: Tensor, draw: Draw) -> Tensor:
     return k >= thresholds(logits)
 
 
-def slope(logits: Tensor, draw: Draw, tau: float) -> Tensor:
-    """The straight-through derivative ds/dlogit of the relaxed sample. float32, shape of ``logits``, 0 to 1/(4 tau)."""
-    k = bits(draw, logits.numel(), device=logits.device).view(logits.shape)
-    a = (k + k + 1).to(torch.float32)
-    b = 2.0 * LEVELS - a
-    if tau != 1.0:
-        # Both sides of the odds of s are raised to 1 / tau; their ratio stays within float32 for every tau >= 0.25.
-        s = torch.sigmoid(torch.log(odds(logits) * a / b) / tau)
-        return s * (1.0 - s) / tau
-    a = a * odds(logits)
-    d = a + b
-    return a * b / (d * d)
+@dataclass(frozen=True)
+class Curve:
+    """How a relaxed sample follows from its logit: z = min(1, max(0, s (high - low) + low)), s with temperature tau.
+
+    Attributes:
+        tau: temperature, above 0.
+        low: lower end of the stretched interval, at most 0; with 0 nothing is cut there.
+        high: upper end, at least 1; likewise.
+    """
+
+    tau: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+
+SIGMOID = Curve()
+"""s itself, with tau = 1: the curve of the paper."""
+SHARPEST = 80.0
+"""Largest argument of a sigmoid that is told apart from infinity: exp(80) is still a float32, and 1 + it is not 1."""
+
+
+def relaxed(logits: Tensor, draw: Draw | None, curve: Curve) -> Tensor:
+    """The sigmoid s of a relaxed sample, before it is stretched. float32, shape of ``logits``, 0 to 1.
+
+    Without a draw there is no noise.
+    """
+    odds_of_noise: Tensor | float = 1.0
+    if draw is not None:
+        a = (2 * bits(draw, logits.numel(), device=logits.device).view(logits.shape) + 1).to(torch.float32)
+        odds_of_noise = a / (2.0 * LEVELS - a)
+    # Both sides of the odds of s are raised to 1 / tau.
+    argument = torch.log(odds(logits) * odds_of_noise) / curve.tau
+    return torch.sigmoid(argument.clamp(-SHARPEST, SHARPEST))
+
+
+def slope(logits: Tensor, draw: Draw | None, curve: Curve = SIGMOID) -> Tensor:
+    """The derivative dz/dlogit of the relaxed sample. float32, shape of ``logits``, 0 where it is cut."""
+    if curve == SIGMOID and draw is not None:
+        k = bits(draw, logits.numel(), device=logits.device).view(logits.shape)
+        a = (k + k + 1).to(torch.float32)
+        b = 2.0 * LEVELS - a
+        a = a * odds(logits)
+        d = a + b
+        return a * b / (d * d)
+    s = relaxed(logits, draw, curve)
+    width = curve.high - curve.low
+    stretched = s * width + curve.low
+    return torch.where((stretched > 0) & (stretched < 1), s * (1.0 - s) * (width / curve.tau), 0.0)
 
 
 def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
@@ -85,6 +125,20 @@ def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
     return torch.where(is_open(logits, draw), weight, weight.new_zeros(()))
 
 
-def logit_gradient(gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw, tau: float) -> Tensor:
-    """Gradient of the logits, given that of the masked weight: gradient * weight * ds/dlogit, in float32."""
-    return gradient.to(torch.float32) * weight.to(torch.float32) * slope(logits, draw, tau)
+def scaled(weight: Tensor, logits: Tensor, draw: Draw, curve: Curve) -> Tensor:
+    """The weight times the relaxed sample z; shape, dtype and device of ``weight``."""
+    z = (relaxed(logits, draw, curve) * (curve.high - curve.low) + curve.low).clamp(0, 1)
+    return weight * z.to(weight.dtype)
+
+
+def logit_gradient(
+    gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw | None, curve: Curve = SIGMOID
+) -> Tensor:
+    """Gradient of the logits, given that of the masked weight: gradient * weight * dz/dlogit, in float32."""
+    return gradient.to(torch.float32) * weight.to(torch.float32) * slope(logits, draw, curve)
+
+
+def noise_of_levels() -> Tensor:
+    """The logistic noise log(u) - log(1 - u) of each of the 65,536 draws, to float32's precision."""
+    a = 2 * torch.arange(LEVELS, dtype=torch.float64, device="cpu") + 1
+    return (torch.log(a) - torch.log(2 * LEVELS - a)).to(torch.float32)
