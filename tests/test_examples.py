@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = {  # fewer steps than the scripts', and no worker processes where the test needs none
     "accelerate_loop": {"epochs": 2},
+    "checkpointing": {"steps": 40},
     "compiled": {"steps": 40, "backend": "aot_eager"},  # the default, inductor, needs a C++ compiler and a minute
     "huggingface_trainer": {"steps": 60},
     "lightning_fabric": {"epochs": 1},

@@ -14,7 +14,7 @@ def call_with(
     put: Callable[[str, Tensor], Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    around: Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
     """Call a network with other weights, and leave it as it was.
 
@@ -24,7 +24,7 @@ def call_with(
         put: ``put(name, weight)`` gives what stands in a weight's place; :func:`plain` gives the weight itself.
         args: the network's arguments.
         kwargs: likewise.
-        around: makes a context for the call itself.
+        around: makes a context for the call itself, given all that was put into the network.
     """
     tensors: dict[str, Tensor] = {}
     parameters = dict(network.named_parameters(remove_duplicate=False))
@@ -34,7 +34,7 @@ def call_with(
     copies: dict[int, Tensor] = {}
     for name, buffer in network.named_buffers(remove_duplicate=False):
         tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-    with at_rest(network), around():
+    with at_rest(network), around(tensors):
         return functional_call(network, tensors, args, kwargs, strict=True)
 
 

@@ -3,8 +3,8 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, get_args
@@ -38,8 +38,9 @@ class MaskedNetwork(nn.Module):
     in evaluation mode: a frozen network does not train, so BatchNorm uses its running statistics and dropout is off.
     All of that is undone when the call ends, whichever way it ends. What a hook captures inside a training call belongs
     to one chunk, or is a tensor of :func:`torch.func.vmap` that has no meaning outside; put what a loss needs into the
-    network's output. Gradient checkpointing, inside the network or around it, is refused at the first training call:
-    its second pass would run after the masked weights are gone.
+    network's output. Parts of the network may be checkpointed (:mod:`torch.utils.checkpoint`): their second run, in the
+    backward pass, gets the same masked weights again. A checkpoint around the masked network is refused at the first
+    training call.
 
     ``parameters()`` and ``state_dict()`` hold the logits and nothing else. ``to(device)`` moves the network and the
     logits; the logits stay float32 whatever dtype the network has.
@@ -234,7 +235,7 @@ class MaskedNetwork(nn.Module):
 
         Raises:
             BatchError: the batch cannot be split into the samples, or the outputs cannot be joined.
-            SettingError: at the first training call, a part of the network is checkpointed.
+            SettingError: at the first training call, it is made inside a checkpoint.
             CutGraphError: at the first training call, the network's output does not depend on any logit.
         """
         if not self.training:
@@ -248,7 +249,7 @@ class MaskedNetwork(nn.Module):
         step, self.step = self.step, self.step + 1
         if self._seen_a_gradient:
             return self._sampled(step, args, kwargs)
-        with recomputation.refused():
+        with recomputation.watched():
             output = self._sampled(step, args, kwargs)
         self._check_first_call(output)
         return output
@@ -343,7 +344,8 @@ class MaskedNetwork(nn.Module):
         if self._general.get(kind) or not self.frozen or torch.is_autocast_enabled("cpu"):
             return None
         try:
-            outputs = call(first)
+            with recomputation.refused():
+                outputs = call(first)
         except Exception:
             # The network, or this kind of call, cannot go this way. The general route decides: if it fails too, its
             # error is the network's own and is the one to be seen.
@@ -366,6 +368,7 @@ class MaskedNetwork(nn.Module):
         logits = self.logits
         gates = self.gate.across(logits)
         redrawing = Redrawing()
+        again: dict[int, Callable[[], Tensor]] = {}
         trained = {} if self.frozen else dict(self.network.named_parameters())
 
         def put(name: str, weight: Tensor) -> Tensor:
@@ -374,10 +377,14 @@ class MaskedNetwork(nn.Module):
             scores = logits[grouping.owner]
             gate = gates[grouping.owner] if grouping.fine else GroupedGate(gates[grouping.owner], grouping)
 
+            def made() -> Tensor:
+                return gate.masked(weight, scores.detach(), draw)
+
             def whole() -> Tensor:
                 gated: Tensor = _Gated.apply(scores, trained.get(name, weight), gate, draw, redrawing, name)
                 # Logits that are changed before the backward pass are noticed there, by the node just made.
-                redrawing.add(name, gated, lambda: gate.masked(weight, scores.detach(), draw))
+                redrawing.add(name, gated, made)
+                again[id(gated)] = made
                 return gated
 
             if name not in self._factors or not self.frozen:
@@ -388,8 +395,13 @@ class MaskedNetwork(nn.Module):
             numbers = _Gated.apply(scores, ones, of_each, draw, redrawing, name)
             return FactoredWeight(weight, numbers, of_outputs, functools.cache(whole))
 
+        @contextmanager
+        def around(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+            with redrawing.hooks(), recomputation.covered(self.network, tensors, dict(again)):
+                yield
+
         try:
-            return self._call(put, args, kwargs, redrawing.hooks)
+            return self._call(put, args, kwargs, around)
         finally:
             redrawing.called()
 
@@ -398,7 +410,7 @@ class MaskedNetwork(nn.Module):
         put: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        around: Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]] = nullcontext,
     ) -> Any:
         """Call the network with ``put(name, weight)`` in place of each masked weight."""
         ids = self._ids
