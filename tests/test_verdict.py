@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sublens.analysis import Evidence, gather, judge, retention, sharing_index
+from sublens.analysis import Evidence, Excluded, gather, judge, retention, sharing_index
 from sublens.mask import Mask
 
 ROWS, COLUMNS = 200, 50
@@ -142,13 +142,67 @@ def test_one_pair_that_fails_decides_and_one_that_is_open_leaves_it_open() -> No
     open_, bad = replace(GOOD, index=BETWEEN), replace(GOOD, other=(0.9, 0.9))
     assert outcome(GOOD, open_, of="specialize") == "undecided"
     assert outcome(GOOD, open_, bad, of="specialize") == "fails"
-    assert "1 more of 3 pairs" in judge([bad, bad, GOOD])["specialize"]["because"]
+    assert "1 more of 3)" in judge([bad, bad, GOOD])["specialize"]["because"]
 
 
 def test_what_a_study_does_not_ask_is_undecided() -> None:
     verdict = judge([GOOD])
     assert verdict["reuse"] == {"verdict": "undecided", "because": "the study has no two tasks of the same function."}
     assert judge([])["specialize"]["verdict"] == "undecided"
+
+
+HELD = Excluded(task="a", same_function=True, own=1.0, control=0.9, left=0.9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "holds"),
+        ({"left": 0.75}, "holds"),
+        ({"left": 0.74}, "undecided"),
+        ({"left": 0.5}, "undecided"),
+        ({"left": 0.49}, "fails"),
+        ({"left": -0.1}, "fails"),
+        ({"left": 0.1, "own": 0.7}, "undecided"),
+        ({"left": 0.1, "own": None}, "undecided"),
+        ({"left": 0.1, "control": 0.7}, "undecided"),
+        ({"left": 0.1, "control": None}, "undecided"),
+        ({"left": None}, "undecided"),
+        ({"left": 0.1, "unsure": 0.41}, "undecided"),
+        ({"left": 0.1, "unsure": 0.4}, "fails"),
+    ],
+)
+def test_reuse_by_what_is_held_back(changes: dict[str, Any], expected: str) -> None:
+    verdict = judge([], [replace(HELD, **changes)])
+    assert verdict["reuse"]["verdict"] == expected
+    assert verdict["specialize"]["verdict"] == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "fails"),
+        ({"left": 0.75}, "fails"),
+        ({"left": 0.74}, "undecided"),
+        ({"left": 0.25}, "holds"),
+        ({"left": 0.26}, "undecided"),
+        ({"left": 0.1, "own": 0.7}, "undecided"),
+        ({"left": 0.1, "control": 0.7}, "undecided"),
+    ],
+)
+def test_specialisation_by_what_is_left_out(changes: dict[str, Any], expected: str) -> None:
+    verdict = judge([], [replace(HELD, same_function=False, **changes)])
+    assert verdict["specialize"]["verdict"] == expected
+    assert verdict["reuse"]["verdict"] == "undecided"
+
+
+def test_pairs_and_what_is_excluded_are_judged_together() -> None:
+    alike = replace(GOOD, same_function=True, index=SHARED)
+    assert judge([alike], [HELD])["reuse"]["verdict"] == "holds"
+    verdict = judge([alike], [HELD, replace(HELD, task="b", left=0.2)])
+    assert verdict["reuse"]["verdict"] == "fails"
+    assert "of what b holds back, its mask has 20.0 %" in verdict["reuse"]["because"]
+    assert [one["task"] for one in verdict["excluded"]] == ["a", "b"]
 
 
 EVIDENCE = st.builds(

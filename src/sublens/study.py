@@ -44,6 +44,10 @@ class Task:
         loss: ``loss(net, batch) -> scalar tensor``, written as for the plain network: call ``net`` once.
         metric: ``metric(net) -> float`` in 0..1, such as an accuracy on held-out data. It is called in evaluation mode
             and without gradients.
+        held_back: likewise, of inputs that ask the same function of the network and that the task's training never
+            shows. If the network uses the same weights for them, the task's mask can do them too.
+        left_out: likewise, of inputs that ask another function, which the network can do and the task's training leaves
+            out. If the network uses other weights for them, the task's mask cannot do them.
 
     Raises:
         StudyError: at construction, if a name is unusable or a function is not callable.
@@ -53,9 +57,15 @@ class Task:
     batches: Callable[..., Any] | Iterable[Any]
     loss: "Callable[[nn.Module, Any], Tensor]"
     metric: "Callable[[nn.Module], float]"
+    held_back: "Callable[[nn.Module], float] | None" = None
+    left_out: "Callable[[nn.Module], float] | None" = None
 
     def __post_init__(self) -> None:
         _check_name("task", self.name)
+        for part in ("held_back", "left_out"):
+            value = getattr(self, part)
+            if not (value is None or callable(value)):
+                raise StudyError(f"Task {self.name!r}: {part} must be a function, not {_kind(value)}.")
         for part in ("batches", "loss", "metric"):
             value = getattr(self, part)
             if not callable(value) and not (part == "batches" and isinstance(value, Iterable)):

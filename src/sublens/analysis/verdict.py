@@ -27,10 +27,16 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
 - P_reuse **holds** if, for every two tasks of the same function, both masks are evidence and they use the same weights.
   It **fails** if, for some two, both are evidence and they use different weights. Otherwise it is **undecided**, also
   where a study has no two tasks of one function.
+- Some studies ask by what a task *excludes* (sections 3.3 to 3.5 of the paper): the whole network can do it, and the
+  task's mask is trained without it. What is left of it under that mask is (accuracy under it - random masks' accuracy)
+  / (the control mask's - random masks'). It is evidence if the task's mask is, and if the control mask keeps it.
+  Inputs *held back* ask the same function: P_reuse **holds** if three quarters are left, and **fails** if less than
+  half is. What is *left out* is another function: P_specialize **holds** if at most a quarter is left, and **fails** if
+  three quarters are. Between, they are **undecided**.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
@@ -39,6 +45,7 @@ import numpy as np
 from sublens.mask import Mask
 
 KEPT, LOST = 0.75, 0.25
+HALF = 0.5
 SAME = 0.75
 UNSURE = 0.4
 _RESAMPLES = 1000
@@ -66,6 +73,27 @@ class Evidence:
     other: tuple[float | None, float | None]
     index: tuple[float, float, float] | None
     unsure: tuple[float | None, float | None] = (None, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excluded:
+    """What is known of inputs that a task's training excludes.
+
+    Attributes:
+        task: its name.
+        same_function: whether they ask the task's function (they are held back) or another one (it is left out).
+        own: retention of what the task's mask was trained on, under that mask; ``None`` if it cannot be had.
+        control: retention of what is excluded, under the control mask.
+        left: what is left of it under the task's mask, measured by the control mask.
+        unsure: share of the task's gates that ended between keep probabilities of 0.1 and 0.9; ``None`` if not known.
+    """
+
+    task: str
+    same_function: bool
+    own: float | None
+    control: float | None
+    left: float | None
+    unsure: float | None = None
 
 
 def sharing_index(
@@ -184,18 +212,31 @@ def gather(
     return found
 
 
-def judge(evidence: Sequence[Evidence]) -> dict[str, Any]:
+def judge(evidence: Sequence[Evidence], excluded: Sequence[Excluded] = ()) -> dict[str, Any]:
     """Return the verdict on both properties by the rule of this module.
+
+    Args:
+        evidence: of every two tasks.
+        excluded: of every task whose training excludes something that the network can do.
 
     Returns:
         ``specialize`` and ``reuse``: ``verdict`` (``"holds"``, ``"fails"`` or ``"undecided"``) and ``because``, a
-        sentence; ``pairs``: the evidence.
+        sentence; ``pairs`` and ``excluded``: the evidence.
     """
     different = [pair for pair in evidence if not pair.same_function]
     alike = [pair for pair in evidence if pair.same_function]
     return {
-        "specialize": _property(different, _specializes, "no two tasks of different functions were compared"),
-        "reuse": _property(alike, _reuses, "the study has no two tasks of the same function"),
+        "specialize": _property(
+            [
+                *(_specializes(pair) for pair in different),
+                *(_loses_left_out(one) for one in excluded if not one.same_function),
+            ],
+            "no two tasks of different functions were compared",
+        ),
+        "reuse": _property(
+            [*(_reuses(pair) for pair in alike), *(_keeps_held_back(one) for one in excluded if one.same_function)],
+            "the study has no two tasks of the same function",
+        ),
         "pairs": [
             {
                 "tasks": list(pair.tasks),
@@ -207,23 +248,23 @@ def judge(evidence: Sequence[Evidence]) -> dict[str, Any]:
             }
             for pair in evidence
         ],
+        "excluded": [asdict(one) for one in excluded],
     }
 
 
-def _property(pairs: Sequence[Evidence], of_pair: Any, nothing: str) -> dict[str, str]:
-    if not pairs:
+def _property(found: Sequence[tuple[str, str]], nothing: str) -> dict[str, str]:
+    if not found:
         return {"verdict": "undecided", "because": f"{nothing}."}
-    found = [of_pair(pair) for pair in pairs]
     for verdict in ("fails", "undecided", "holds"):  # one pair that fails decides; then one that is undecided
         reasons = [reason for outcome, reason in found if outcome == verdict]
         if reasons:
-            more = f" (and so for {len(reasons) - 1} more of {len(pairs)} pairs)" if len(reasons) > 1 else ""
+            more = f" (and so for {len(reasons) - 1} more of {len(found)})" if len(reasons) > 1 else ""
             return {"verdict": verdict, "because": f"{reasons[0]}{more}."}
     raise AssertionError(found)
 
 
 def _specializes(pair: Evidence) -> tuple[str, str]:
-    doubt = _doubt(pair)
+    doubt = _doubt(pair.tasks, pair.own, pair.unsure)
     if doubt:
         return doubt
     weights, sharing = _weights(pair)
@@ -244,21 +285,56 @@ def _specializes(pair: Evidence) -> tuple[str, str]:
 
 
 def _reuses(pair: Evidence) -> tuple[str, str]:
-    doubt = _doubt(pair)
+    doubt = _doubt(pair.tasks, pair.own, pair.unsure)
     if doubt:
         return doubt
     weights, sharing = _weights(pair)
     return {"same": "holds", "different": "fails"}.get(weights, "undecided"), sharing
 
 
-def _doubt(pair: Evidence) -> tuple[str, str] | None:
-    for task, unsure in zip(pair.tasks, pair.unsure, strict=True):
+def _keeps_held_back(one: Excluded) -> tuple[str, str]:
+    doubt, left, text = _left_of(one, "holds back")
+    if doubt:
+        return doubt
+    if left >= KEPT:
+        return "holds", f"{text}, at least {100 * KEPT:.0f} %"
+    if left < HALF:
+        return "fails", f"{text}, less than half"
+    return "undecided", f"{text}: neither three quarters nor less than half"
+
+
+def _loses_left_out(one: Excluded) -> tuple[str, str]:
+    doubt, left, text = _left_of(one, "leaves out")
+    if doubt:
+        return doubt
+    if left <= LOST:
+        return "holds", f"{text}, at most {100 * LOST:.0f} %"
+    if left >= KEPT:
+        return "fails", f"{text}, at least {100 * KEPT:.0f} %"
+    return "undecided", f"{text}: it is neither kept nor lost"
+
+
+def _left_of(one: Excluded, does: str) -> tuple[tuple[str, str] | None, float, str]:
+    """Return why it is no evidence, if it is none; else what is left, and that in words."""
+    doubt = _doubt((one.task,), (one.own,), (one.unsure,))
+    if doubt is None and (one.control is None or one.left is None or one.control < KEPT):
+        known = one.control is not None and one.left is not None
+        what = f"is only {_percent(one.control or 0.0)}" if known else "cannot be measured"
+        doubt = "undecided", f"what is left under the control mask of what {one.task} {does} {what}"
+    left = one.left or 0.0
+    return doubt, left, f"of what {one.task} {does}, its mask has {_percent(left)} of what the control mask has"
+
+
+def _doubt(
+    tasks: Sequence[str], own: Sequence[float | None], unsure_of: Sequence[float | None]
+) -> tuple[str, str] | None:
+    for task, unsure in zip(tasks, unsure_of, strict=True):
         if unsure is not None and unsure > UNSURE:
             return "undecided", (
                 f"the {task} mask is not settled: {_percent(unsure)} of its gates ended between keep probabilities of"
                 " 0.1 and 0.9, so it still keeps weights that no task needs. Train masks longer"
             )
-    for task, left in zip(pair.tasks, pair.own, strict=True):
+    for task, left in zip(tasks, own, strict=True):
         if left is None or left < KEPT:
             what = "cannot be measured" if left is None else f"only {_percent(left)} is left"
             return "undecided", f"the {task} mask does not have its own function ({what}), so it is no evidence"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import sublens
-from sublens.analysis import accuracies, gather, interrogate, judge, measuring, overlap
+from sublens.analysis import Excluded, accuracies, gather, interrogate, judge, measuring, overlap, retention
 from sublens.answers import Answer
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
@@ -30,6 +30,7 @@ from sublens.questions import Found, ask, keep_histogram, unsure_share
 from sublens.selection import Where, match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
 
+_DRAWS = 10  # random masks beside what a task excludes: of one class such a mask recognises all or nothing
 CHECKPOINT_EVERY = 1000
 _PACKAGES = ("torch", "numba", "numpy", "safetensors")
 
@@ -321,6 +322,8 @@ def _answers(
         answers["confusion"] = {"network": _confusion(study, net, None)}
         answers["confusion"] |= {name: _confusion(study, networks[name], mask) for name, mask in asked.items()}
     unsure = {name: unsure_share(counts) for name, counts in keep_probabilities.items()}
+    if excluded := _excluded(study, networks, masks, seed):
+        answers["excluded"] = excluded
     answers["verdict"] = _verdict(study, placed, answers, unsure, seed)
     everything = Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed, networks=networks)
     if study.together is None:  # else each mask has another network, and these questions are asked of one
@@ -357,7 +360,47 @@ def _verdict(
         layers=layers,
         seed=seed_from(seed, "verdict") % 2**32,
     )
-    return judge(evidence)
+    return judge(evidence, [_evidence_of(found, answers, unsure) for found in answers.get("excluded", [])])
+
+
+def _excluded(study: Study, networks: dict[str, nn.Module], masks: dict[str, Mask], seed: int) -> list[dict[str, Any]]:
+    """Measure what each task's training excludes: whole, under the control mask, the task's own, and random ones."""
+    found: list[dict[str, Any]] = []
+    for task in study.tasks:
+        for kind, metric in (("held_back", task.held_back), ("left_out", task.left_out)):
+            if metric is None:
+                continue
+            net, mask, metrics = networks[task.name], masks[task.name], {"it": metric}
+            drawn = [
+                accuracies(net, metrics, Mask.random_like(mask, seed_from(seed, task.name, kind, draw)))["it"]
+                for draw in range(_DRAWS if study.random_masks else 0)
+            ]
+            found.append(
+                {
+                    "task": task.name,
+                    "kind": kind,
+                    "network": accuracies(net, metrics)["it"],
+                    "control": accuracies(net, metrics, masks[study.control.name])["it"],
+                    "mask": accuracies(net, metrics, mask)["it"],
+                }
+            )
+            if drawn:
+                found[-1]["random"] = {"mean": sum(drawn) / len(drawn), "low": min(drawn), "high": max(drawn)}
+    return found
+
+
+def _evidence_of(found: dict[str, Any], answers: dict[str, Any], unsure: dict[str, float]) -> Excluded:
+    name, chance = found["task"], found.get("random", {}).get("mean", 0.0)
+    under = answers["masks"][name]
+    own_chance = under.get("random_accuracy", {}).get(name, {}).get("mean", 0.0)
+    return Excluded(
+        task=name,
+        same_function=found["kind"] == "held_back",
+        own=retention(under["accuracy"][name], answers["network"]["accuracy"][name], own_chance),
+        control=retention(found["control"], found["network"], chance),
+        left=retention(found["mask"], found["control"], chance),
+        unsure=unsure.get(name),
+    )
 
 
 def _asked_questions(asked: Asked) -> dict[str, Any]:

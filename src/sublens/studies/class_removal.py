@@ -131,7 +131,7 @@ def _study(
 
     def task(called: str, left_out: int | None) -> Any:
         kept = [number for number in everything if number != left_out]
-        return image_task(called, images, kept, batch_size, augment=augment)
+        return image_task(called, images, kept, batch_size, augment=augment, leaves_out=left_out is not None)
 
     return Study(
         name=name,

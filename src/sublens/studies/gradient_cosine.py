@@ -73,7 +73,7 @@ def study(preset: str = "quick", *, folder: str | None = None, dropout: bool = T
         preset=preset,
         description="Put a mask on ever more layers: do the kept weights still learn in the same direction?",
         network=lambda seed: ConvNet(images.shape, len(images.classes), channels, dropout=dropout),
-        tasks=[image_task(without, images, everything[1:], batch_size)],
+        tasks=[image_task(without, images, everything[1:], batch_size, leaves_out=True)],
         control=image_task(_CONTROL, images, everything, batch_size),
         biases=True,
         functions={},

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,15 @@ def answers(net: nn.Module, images: Images) -> Tensor:
     return _last.answers
 
 
-def image_task(name: str, images: Images, classes: Sequence[int], batch_size: int, *, augment: bool = False) -> Task:
+def image_task(
+    name: str,
+    images: Images,
+    classes: Sequence[int],
+    batch_size: int,
+    *,
+    augment: bool = False,
+    leaves_out: bool = False,
+) -> Task:
     """Return the task of telling some classes apart, with all classes as possible answers.
 
     Args:
@@ -71,9 +80,11 @@ def image_task(name: str, images: Images, classes: Sequence[int], batch_size: in
         batch_size: images in a batch, drawn with replacement.
         augment: shift and mirror each training image by chance, as is usual for CIFAR-10 (padding of 4 pixels, a
             random crop, a random horizontal flip).
+        leaves_out: whether the other classes are something else that the network can do, and is asked for.
     """
     chosen = tuple(classes)
     train, test = images.train.of(chosen), images.test.of(chosen)
+    others = images.test.of(tuple(number for number in range(len(images.classes)) if number not in chosen))
 
     def batches(step: int, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed_from(seed, step))
@@ -81,10 +92,16 @@ def image_task(name: str, images: Images, classes: Sequence[int], batch_size: in
         inputs = images.standard(images.train.pixels[rows])
         return _augmented(inputs, generator) if augment else inputs, images.train.labels[rows]
 
-    def accuracy(net: nn.Module) -> float:
-        return (answers(net, images) == images.test.labels)[test].double().mean().item()
+    def accuracy(rows: Tensor, net: nn.Module) -> float:
+        return (answers(net, images) == images.test.labels)[rows].double().mean().item()
 
-    return Task(name=name, batches=batches, loss=loss, metric=accuracy)
+    return Task(
+        name=name,
+        batches=batches,
+        loss=loss,
+        metric=partial(accuracy, test),
+        left_out=partial(accuracy, others) if leaves_out and len(others) else None,
+    )
 
 
 def _augmented(inputs: Tensor, generator: torch.Generator) -> Tensor:

@@ -133,7 +133,11 @@ def _task(
         found = [measured(net, module, difficulty, tested) for difficulty in difficulties]
         return sum(found) / len(found)
 
-    return Task(name=name, batches=batches, loss=_loss, metric=accuracy)
+    def hard_ones(net: nn.Module) -> float:
+        return measured(net, module, _HARD, tested)
+
+    held_back = None if _HARD in difficulties else hard_ones
+    return Task(name=name, batches=batches, loss=_loss, metric=accuracy, held_back=held_back)
 
 
 @cache
