@@ -220,6 +220,19 @@ def test_hard_concrete_is_closed_between_and_open_as_often_as_its_distribution_s
     assert float(expected) == pytest.approx(1 - below(0), rel=1e-6)
 
 
+@pytest.mark.parametrize("gate", [sl.HardConcrete(), sl.HardConcrete(0.3, -0.2, 1.5)])
+@pytest.mark.parametrize("logit", [-3.0, 0.0, 2.0])
+def test_what_is_steered_of_hard_concrete_is_how_often_its_sample_is_above_a_half(
+    gate: sl.HardConcrete, logit: float
+) -> None:
+    """Of 65,536 samples; five standard errors, so a false alarm in one of two million."""
+    logits = torch.full((COUNT,), logit)
+    z = gate.masked(torch.ones(COUNT), logits, Draw(5, 6, 0, 7))
+    expected = float(gate.mask_probability(torch.tensor(logit), 0))
+    assert float((z > 0.5).float().mean()) == pytest.approx(expected, abs=5 * 0.5 / COUNT**0.5)
+    assert torch.equal(sl.GumbelSigmoid().mask_probability(logits, 0), sl.GumbelSigmoid().keep_probability(logits, 0))
+
+
 def test_expected_penalty_of_hard_concrete_is_its_expected_l0_norm() -> None:
     masked = sl.MaskedNetwork(nn.Linear(6, 5), gate=sl.HardConcrete(), keep=0.8)
     masked.penalty(2.0, "expected").backward()

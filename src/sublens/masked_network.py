@@ -263,6 +263,11 @@ class MaskedNetwork(nn.Module):
         step, logits = max(self.step - 1, 0), {name: layer.detach() for name, layer in self.logits.items()}
         return {name: gate.keep_probability(logits[name], step) for name, gate in self.gate.across(logits).items()}
 
+    def mask_probabilities(self) -> dict[str, Tensor]:
+        """How likely each element's sample was to be above one half in the last training call; likewise."""
+        step, logits = max(self.step - 1, 0), {name: layer.detach() for name, layer in self.logits.items()}
+        return {name: gate.mask_probability(logits[name], step) for name, gate in self.gate.across(logits).items()}
+
     def decisions(self) -> dict[str, Tensor]:
         """What the mask is read from, as it stands: name -> float32 of the logits' shape; kept iff above 0."""
         logits = {name: layer.detach() for name, layer in self.logits.items()}

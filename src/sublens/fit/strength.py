@@ -162,7 +162,7 @@ class Controller:
 
     def _shares(self) -> dict[str, float]:
         with torch.no_grad():
-            return {name: float(share.sum()) for name, share in self.masked.keep_probabilities().items()}
+            return {name: float(share.sum()) for name, share in self.masked.mask_probabilities().items()}
 
     def _gradient(self, names: list[str], size: int) -> float:
         """Root mean square of the gradients that the logits have now."""

@@ -59,6 +59,13 @@ class Gate(ABC):
         """How likely each element is to be open in training call ``step``, in 0..1. Differentiable."""
         return torch.sigmoid(logits)
 
+    def mask_probability(self, logits: Tensor, step: int) -> Tensor:
+        """How likely each element's sample is to be above one half, in 0..1: what is steered where ``kept`` is given.
+
+        The same as :meth:`keep_probability` where samples are 0 or 1.
+        """
+        return self.keep_probability(logits, step)
+
     def penalty(self, logits: Tensor, kind: Penalty, step: int) -> Tensor:
         """One parameter's part of :meth:`sublens.MaskedNetwork.penalty` for ``alpha`` = 1. Differentiable scalar."""
         return logits.sum() if kind == "logits" else self.keep_probability(logits, step).sum()

@@ -63,6 +63,10 @@ class HardConcrete(Gate):
         """The probability of z > 0."""
         return torch.sigmoid(logits - self.beta * math.log(-self.gamma / self.zeta))
 
+    def mask_probability(self, logits: Tensor, step: int) -> Tensor:
+        """The probability of z > 1/2. Far more gates are above 0, so a mask steered by those would end too small."""
+        return torch.sigmoid(logits - self.beta * math.log((0.5 - self.gamma) / (self.zeta - 0.5)))
+
     @property
     def _curve(self) -> kernels.Curve:
         return kernels.Curve(self.beta, self.gamma, self.zeta)
