@@ -256,7 +256,7 @@ def test_class_removal_counts_what_is_lost_confused_and_removed() -> None:
     expected[0] = 0
     assert torch.equal(torch.tensor(taken_for.values, dtype=torch.float32), expected)
     assert torch.equal(torch.tensor(right.values, dtype=torch.float32), -torch.eye(10) * (torch.arange(10) > 0))
-    assert "taken for 0 (+100.0%" in confused.sentence
+    assert "taken for 0 (+100.0 points" in confused.sentence
     removed = class_removal.removed(asked, images.classes)
     assert removed.numbers is not None
     assert removed.numbers["removed"] == pytest.approx(0.1)

@@ -201,7 +201,7 @@ def test_pairs_and_what_is_excluded_are_judged_together() -> None:
     assert judge([alike], [HELD])["reuse"]["verdict"] == "holds"
     verdict = judge([alike], [HELD, replace(HELD, task="b", left=0.2)])
     assert verdict["reuse"]["verdict"] == "fails"
-    assert "of what b holds back, its mask has 20.0 %" in verdict["reuse"]["because"]
+    assert "of what b holds back, its mask has 20.0\u00a0%" in verdict["reuse"]["because"]
     assert [one["task"] for one in verdict["excluded"]] == ["a", "b"]
 
 

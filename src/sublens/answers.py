@@ -22,6 +22,19 @@ LARGEST_MATRIX = 200
 MOST_PICTURED = 4  # masks of one picture: one hexadecimal digit says which of them keep an element
 
 
+def percent(fraction: float) -> str:
+    """Write a fraction of 1 in percent, with one decimal; "n/a" if it is not a finite number."""
+    if not math.isfinite(fraction):
+        return "n/a"
+    text = f"{100 * fraction:.1f}"
+    # Rounding must not turn "almost all" into "all", nor "hardly any" into "none".
+    if text == "100.0" and fraction < 1:
+        text = ">99.9"
+    elif text == "0.0" and fraction > 0:
+        text = "<0.1"
+    return f"{text}\u00a0%"  # no line break between a number and its unit
+
+
 class Spread(NamedTuple):
     """A value with its uncertainty: mean, and lower and upper edge of a band. The title says which band."""
 

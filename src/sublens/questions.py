@@ -28,6 +28,7 @@ from sublens.answers import (
     Spread,
     Table,
     Value,
+    percent,
 )
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
@@ -235,10 +236,10 @@ def _pictures(asked: Asked, found: Found) -> Answer | None:
     ) / max(masks[0].size, 1)  # fmt: skip
     only = {name: (mask - _rest(masks, mask)).kept for name, mask in zip(tasks, masks, strict=True)}
     together = "both" if len(tasks) == 2 else f"all {len(tasks)}"
-    parts = [f"{_percent(value)} are kept by {name} alone" for name, value in only.items()]
+    parts = [f"{percent(value)} are kept by {name} alone" for name, value in only.items()]
     if len(tasks) > 1:
-        parts.append(f"{_percent(everywhere.kept)} by {together} (random masks {_percent(by_chance)})")
-    parts.append(f"{_percent(1 - anywhere.kept)} by none")
+        parts.append(f"{percent(everywhere.kept)} by {together} (random masks {percent(by_chance)})")
+    parts.append(f"{percent(1 - anywhere.kept)} by none")
     return Answer(
         title="Which weights does each task keep?",
         sentence=f"Of the masked weights, {_listed(parts)}{_of_which(asked, tasks)}.",
@@ -347,7 +348,7 @@ def _faithfulness(asked: Asked, found: Found) -> Answer | None:
     random = _randoms(found, control)
     return Answer(
         title="Does the control mask have what the network has?",
-        sentence=f"The mask of the whole problem keeps {_percent(found.masks[control]['kept'])} of the weights;"
+        sentence=f"The mask of the whole problem keeps {percent(found.masks[control]['kept'])} of the weights;"
         f" at worst, on {worst}, its accuracy is {_points(differences[worst])}.",
         tables=[
             Table(
@@ -634,12 +635,8 @@ def _ordinal(number: int) -> str:
     return f"{number}{ending}"
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}\u00a0%"
-
-
 def _range(values: Sequence[float]) -> str:
-    low, high = _percent(min(values)), _percent(max(values))
+    low, high = percent(min(values)), percent(max(values))
     return low if low == high else f"{low} to {high}"
 
 
@@ -647,7 +644,7 @@ def _told(values: Mapping[str, float], each: str, together: str) -> str:
     """Write each name with its value, or, where there are many, only how far the values reach."""
     if len(values) > _MANY_TASKS:
         return together.format(_range(list(values.values())))
-    return _listed(each.format(name, _percent(value)) for name, value in values.items())
+    return _listed(each.format(name, percent(value)) for name, value in values.items())
 
 
 def _points(difference: float) -> str:

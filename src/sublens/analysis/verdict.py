@@ -32,7 +32,8 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
   / (the control mask's - random masks'). It is evidence if the task's mask is, and if the control mask keeps it.
   Inputs *held back* ask the same function: P_reuse **holds** if three quarters are left, and **fails** if less than
   half is. What is *left out* is another function: P_specialize **holds** if at most a quarter is left, and **fails** if
-  three quarters are. Between, they are **undecided**.
+  three quarters are; here accuracies count from 0, since random masks that leave most of a redundant network's answers
+  right would make any loss look total. Between, both are **undecided**.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ from typing import Any
 
 import numpy as np
 
+from sublens.answers import percent
 from sublens.mask import Mask
 
 KEPT, LOST = 0.75, 0.25
@@ -355,4 +357,4 @@ def _weights(pair: Evidence) -> tuple[str, str]:
 
 
 def _percent(left: float) -> str:
-    return f"{100 * max(left, 0.0):.1f} %"
+    return percent(max(left, 0.0))

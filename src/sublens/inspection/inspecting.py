@@ -390,12 +390,13 @@ def _excluded(study: Study, networks: dict[str, nn.Module], masks: dict[str, Mas
 
 
 def _evidence_of(found: dict[str, Any], answers: dict[str, Any], unsure: dict[str, float]) -> Excluded:
-    name, chance = found["task"], found.get("random", {}).get("mean", 0.0)
+    name, held_back = found["task"], found["kind"] == "held_back"
+    chance = found.get("random", {}).get("mean", 0.0) if held_back else 0.0
     under = answers["masks"][name]
     own_chance = under.get("random_accuracy", {}).get(name, {}).get("mean", 0.0)
     return Excluded(
         task=name,
-        same_function=found["kind"] == "held_back",
+        same_function=held_back,
         own=retention(under["accuracy"][name], answers["network"]["accuracy"][name], own_chance),
         control=retention(found["control"], found["network"], chance),
         left=retention(found["mask"], found["control"], chance),

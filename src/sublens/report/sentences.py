@@ -3,25 +3,11 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from sublens.answers import percent as percent  # for who writes sentences
 from sublens.report.run_folder import Overlap, OverlapValues, Record, RunFolder
-
-_SPACE = "\u00a0"  # no line break between a number and its unit
 
 MOST_PAIRS = 6
 """Pairs of masks that are told of one by one."""
-
-
-def percent(fraction: float) -> str:
-    """Write a fraction of 1 in percent, with one decimal; "n/a" if it is not a finite number."""
-    if not math.isfinite(fraction):
-        return "n/a"
-    text = f"{100 * fraction:.1f}"
-    # Rounding must not turn "almost all" into "all", nor "hardly any" into "none".
-    if text == "100.0" and fraction < 1:
-        text = ">99.9"
-    elif text == "0.0" and fraction > 0:
-        text = "<0.1"
-    return f"{text}{_SPACE}%"
 
 
 def number(value: float) -> str:
@@ -153,7 +139,7 @@ def overlap(pair: Overlap, repeats: Mapping[str, Overlap]) -> str:
             where.append(f"{words} in {_some(layers, len(sides))}")
     text = (
         f"Over all layers, {pair.first} and {pair.second} have an IoU of {seen:.3f}, "
-        f"{_side(pair.total)} the 95{_SPACE}% band of random masks of the same layer sizes "
+        f"{_side(pair.total)} the 95\u00a0% band of random masks of the same layer sizes "
         f"({chance.low:.3f} to {chance.high:.3f})"
     )
     if where:

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from sublens.analysis import measuring
-from sublens.answers import Answer, Bars, Matrix, Series, Spread
+from sublens.answers import Answer, Bars, Matrix, Series, Spread, percent
 from sublens.errors import StudyError
 from sublens.mask import Mask
 from sublens.studies.image_files import Images, load_images
@@ -180,9 +180,9 @@ def lost(asked: Asked, classes: Sequence[str]) -> Answer:
     return Answer(
         title="How much of a left-out class does the network still recognise?",
         sentence=(
-            f"Under the mask that was trained without it, a class loses {drop:.1%} of its test images on average"
-            f" against the control mask, and is still recognised in {mean(own.values()):.1%}; the classes that stayed"
-            f" change by {rest:+.1%}."
+            f"Under the mask that was trained without it, a class loses {percent(drop)} of its test images on average"
+            f" against the control mask, and is still recognised in {percent(mean(own.values()))}; the classes that"
+            f" stayed change by {100 * rest:+.1f} points."
         ),
         figures=[
             Bars(
@@ -230,9 +230,9 @@ def confused(asked: Asked, classes: Sequence[str]) -> Answer:
     return Answer(
         title="How does leaving a class out change the confusion matrix?",
         sentence=(
-            f"The largest new confusion is {out}, left out, taken for {target} ({share:+.1%} of its images); images of"
-            f" the classes that stayed are taken for the left-out one {wrongly:+.2%} more often than under the control"
-            " mask."
+            f"The largest new confusion is {out}, left out, taken for {target} ({100 * share:+.1f} points of its"
+            f" images); that images of the classes that stayed are taken for the left-out one changes by"
+            f" {100 * wrongly:+.1f} points against the control mask."
         ),
         figures=[
             Matrix(
@@ -270,9 +270,9 @@ def removed(asked: Asked, classes: Sequence[str]) -> Answer:
     return Answer(
         title="Which share of the control mask's weights does leaving a class out remove?",
         sentence=(
-            f"Without a class, {average:.1%} of the weights that the control mask keeps are removed on average (from"
-            f" {min(whole_network.values()):.1%} to {max(whole_network.values()):.1%}); a second control mask with"
-            f" another seed lacks {again:.1%} of them."
+            f"Without a class, {percent(average)} of the weights that the control mask keeps are removed on average"
+            f" (from {percent(min(whole_network.values()))} to {percent(max(whole_network.values()))}); a second"
+            f" control mask with another seed lacks {percent(again)} of them."
         ),
         figures=[
             Bars(

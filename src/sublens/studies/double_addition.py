@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sublens.analysis import accuracies, overlap, shared_by_chance, total
-from sublens.answers import Answer, Bars, Series, Spread
+from sublens.answers import Answer, Bars, Series, Spread, percent
 from sublens.errors import StudyError
 from sublens.mask import Mask
 from sublens.studies.addition import INPUTS, OUTPUTS, PAIRS, task
@@ -213,9 +213,9 @@ def inverse_masks(asked: Asked) -> Answer:
     for pair in PAIRS:
         bare, joined = (measured[pair][kind] for kind in ("inverse", "inverse, ends of both"))
         told.append(
-            f"What the {pair} pair's mask removes answers the {other[pair]} pair right in {bare[other[pair]]:.1%} and"
-            f" the {pair} in {bare[pair]:.1%}; with the control mask's first and last layer {joined[other[pair]]:.1%}"
-            f" and {joined[pair]:.1%}."
+            f"What the {pair} pair's mask removes answers the {other[pair]} pair right in {percent(bare[other[pair]])}"
+            f" and the {pair} in {percent(bare[pair])}; with the control mask's first and last layer"
+            f" {percent(joined[other[pair]])} and {percent(joined[pair])}."
         )
     numbers = {
         f"{pair}: {kind}: {of}": value

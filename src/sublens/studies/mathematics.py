@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sublens.analysis import accuracies
-from sublens.answers import Answer, Bars, Series, Spread
+from sublens.answers import Answer, Bars, Series, Spread, percent
 from sublens.errors import StudyError
 from sublens.mask import Mask
 from sublens.studies.mathematics_data import (
@@ -192,9 +192,9 @@ def easy_to_hard(asked: Asked) -> Answer:
     kept = (control & easy).kept_count / control.kept_count if control.kept_count else 0.0
     before, after = (under[name] for name in ("control mask", f"{_EASY} mask"))
     sentence = (
-        f"The mask of the {_EASY} questions answers {after[_EASY]:.1%} of them and {after[_HARD]:.1%} of the {_HARD}"
-        f" ones, the control mask {before[_EASY]:.1%} and {before[_HARD]:.1%}; the {_EASY} mask keeps {kept:.1%} of"
-        " what the control mask keeps."
+        f"The mask of the {_EASY} questions answers {percent(after[_EASY])} of them and {percent(after[_HARD])} of the"
+        f" {_HARD} ones, the control mask {percent(before[_EASY])} and {percent(before[_HARD])}; the {_EASY} mask keeps"
+        f" {percent(kept)} of what the control mask keeps."
     )
     numbers = {f"{name}: {of}": value for name, found in under.items() for of, value in found.items()}
     return Answer(

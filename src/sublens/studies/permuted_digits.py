@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sublens.analysis import Distribution, accuracies, shared_by_chance, total
-from sublens.answers import Answer, Lines, Series, Spread
+from sublens.answers import Answer, Lines, Series, Spread, percent
 from sublens.errors import StudyError
 from sublens.inspection import used_before
 from sublens.studies.image_files import load_images
@@ -124,13 +124,13 @@ def reuse(asked: Asked) -> Answer:
     taken = sum(int(left[t].sum()) for t in groups["all but the first"]) / sum(
         every_size[t] for t in groups["all but the first"]
     )
-    said = "cannot be said, since the mask keeps nothing" if whole_network is None else f"is {whole_network:.1%}"
-    beside = f", where a random mask of its size would hit {by_chance.mean:.1%}" if by_chance else ""
+    said = "cannot be said, since the mask keeps nothing" if whole_network is None else f"is {percent(whole_network)}"
+    beside = f", where a random mask of its size would hit {percent(by_chance.mean)}" if by_chance else ""
     return Answer(
         title="Which share of each mask is reused from earlier permutations?",
         sentence=(
             f"Beyond the first layer, the share of the last permutation's mask that earlier ones already used {said}"
-            f"{beside}; by then {taken:.1%} of these weights are used by some permutation."
+            f"{beside}; by then {percent(taken)} of these weights are used by some permutation."
         ),
         figures=[
             Lines(
@@ -184,12 +184,12 @@ def accuracy(asked: Asked) -> Answer:
     return Answer(
         title="Does every permutation still work in the end?",
         sentence=(
-            f"Right after its training a permutation has an accuracy of {mean(own):.1%} on average (lowest"
-            f" {min(own):.1%}), and {mean(final):.1%} (lowest {min(final):.1%}) with the weights of the end and its own"
-            " first layer: what is frozen is not forgotten."
+            f"Right after its training a permutation has an accuracy of {percent(mean(own))} on average (lowest"
+            f" {percent(min(own))}), and {percent(mean(final))} (lowest {percent(min(final))}) with the weights of the"
+            " end and its own first layer: what is frozen is not forgotten."
             if mean(final) == mean(own)
-            else f"Right after its training a permutation has an accuracy of {mean(own):.1%} on average, but"
-            f" {mean(final):.1%} with the weights of the end and its own first layer."
+            else f"Right after its training a permutation has an accuracy of {percent(mean(own))} on average, but"
+            f" {percent(mean(final))} with the weights of the end and its own first layer."
         ),
         figures=[
             Lines(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sublens.analysis import accuracies, shared_by_chance
-from sublens.answers import Answer, Bars, Series, Spread
+from sublens.answers import Answer, Bars, Series, Spread, percent
 from sublens.errors import StudyError
 from sublens.selection import select
 from sublens.studies.scan_data import ACTIONS, SPLITS, WORDS, Sentences, encoded, split
@@ -207,8 +207,8 @@ def held_back(asked: Asked) -> Answer:
         ),
     ]
     told = [
-        f"what {name} holds back is answered right in {under[_CONTROL][name]:.1%} under the control mask and in"
-        f" {under[name][name]:.1%} under the mask of {name}"
+        f"what {name} holds back is answered right in {percent(under[_CONTROL][name])} under the control mask and in"
+        f" {percent(under[name][name])} under the mask of {name}"
         for name in splits
     ]
     sentence = "; ".join(told)
@@ -241,8 +241,8 @@ def tokens(asked: Asked) -> Answer:
             most = max(known, key=lambda name: known[name])
             rest = [value for name, value in known.items() if name != most] or [0.0]
             told.append(
-                f"the mask of {split_name} removes most from {most}, {known[most]:.1%} (the others: {min(rest):.1%} to"
-                f" {max(rest):.1%})"
+                f"the mask of {split_name} removes most from {most}, {percent(known[most])} (the others:"
+                f" {percent(min(rest))} to {percent(max(rest))})"
             )
     sentence = "; ".join(told) or "the control mask keeps nothing of the output layer"
     return Answer(
