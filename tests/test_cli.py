@@ -152,6 +152,21 @@ def test_a_run_is_made_shown_and_its_weights_used_again(study, capsys):
     assert Path("two/network.safetensors").read_bytes() == Path("one/network.safetensors").read_bytes()
 
 
+def test_many_tasks_fit_on_a_terminal(study, capsys):
+    tasks = ", ".join(f'task("task-with-a-name-{i}", [{i % 2}])' for i in range(7))
+    text = STUDY.replace('tasks=[task("left", [0]), task("right", [1])]', f"tasks=[{tasks}]")
+    Path("seven.py").write_text(text, encoding="utf-8")
+    assert cli.run(["inspect", "seven.py", "--out", "one"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    masks = json.loads(Path("one/result.json").read_text(encoding="utf-8"))["masks"]
+    (row,) = [line for line in lines if line.startswith("task-with-a-name-3 mask")]
+    found = masks["task-with-a-name-3"]["accuracy"]
+    others = [100 * value for name, value in found.items() if name != "task-with-a-name-3"]
+    assert f"{100 * found['task-with-a-name-3']:.1f}\u00a0%" in row
+    assert f"{min(others):.1f}\u00a0% to {max(others):.1f}\u00a0%" in row
+    assert max(map(len, lines[: lines.index("")])) <= 80
+
+
 def test_settings_reach_the_study(study, capsys):
     text = STUDY.replace("def study():", "def study(depth=1):").replace(
         "batch_size=16,", "batch_size=16, settings={'depth': depth},"

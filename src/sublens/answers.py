@@ -35,6 +35,12 @@ def percent(fraction: float) -> str:
     return f"{text}\u00a0%"  # no line break between a number and its unit
 
 
+def span(values: Sequence[float]) -> str:
+    """Write how far some fractions reach: one percentage, or the lowest and the highest."""
+    low, high = percent(min(values)), percent(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
 class Spread(NamedTuple):
     """A value with its uncertainty: mean, and lower and upper edge of a band. The title says which band."""
 

@@ -6,7 +6,7 @@ Torch is loaded when a study is, not before: ``sublens --help`` answers at once.
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from sublens import __version__, studies
+from sublens.answers import percent, span
 from sublens.errors import SublensError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SOME_FAILED = 1
 BAD_INPUT = 2
 MOST_SEEDS = 10_000  # more is a seed given where a number of seeds is meant
+_MANY_TASKS = 6  # more columns than that are too narrow to be read on a terminal
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 app = typer.Typer(
@@ -351,19 +353,23 @@ def _show(folder: Path) -> None:
     from sublens.report import read, sentences
 
     run = read(folder)
-    percent = sentences.percent
+    many = len(run.network) > _MANY_TASKS
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("weights used")
-    for column in (*run.network, "kept"):
-        table.add_column(column, justify="right")
-    table.add_row("whole network", *map(percent, run.network.values()), percent(1.0))
+    table.add_column("weights used", no_wrap=True)
+    for column in (*(["own task", "the other tasks"] if many else run.network), "kept"):
+        table.add_column(column, justify="right", no_wrap=many)
+
+    def add(label: str, own: str, accuracy: Mapping[str, float], kept: float) -> None:
+        figures = [percent(accuracy[task]) if task in accuracy else "n/a" for task in run.network]
+        if many:
+            others = [value for task, value in accuracy.items() if task != own]
+            figures = [percent(accuracy[own]) if own in accuracy else "", span(others) if others else "n/a"]
+        table.add_row(label, *figures, percent(kept))
+
+    add("whole network", "", run.network, 1.0)
     for name, mask in run.masks.items():
-        for label, accuracy, kept in (
-            (f"{name} mask", mask.accuracy, mask.kept),
-            ("  its inverse", mask.inverse_accuracy, 1 - mask.kept),
-        ):
-            figures = [percent(accuracy[task]) if task in accuracy else "n/a" for task in run.network]
-            table.add_row(label, *figures, percent(kept))
+        add(f"{name} mask", name, mask.accuracy, mask.kept)
+        add("  its inverse", name, mask.inverse_accuracy, 1 - mask.kept)
     console = _console()
     console.print(f"{run.study}, seed {run.seed}: accuracy on each task\n")
     console.print(table)

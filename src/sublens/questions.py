@@ -29,6 +29,7 @@ from sublens.answers import (
     Table,
     Value,
     percent,
+    span,
 )
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
@@ -116,7 +117,7 @@ def _accuracy(asked: Asked, found: Found) -> Answer | None:
     kept = {name: found.masks[name]["accuracy"][name] for name in own}
     sentence = f"Under its own mask, {_told(kept, '{} has {}', 'a task has {}')}"
     if others:
-        sentence += f"; under the mask of another task, a task has {_range(others)}"
+        sentence += f"; under the mask of another task, a task has {span(others)}"
     return Answer(
         title="Does each mask have its own task, and only that?",
         sentence=f"{sentence}.",
@@ -492,7 +493,7 @@ def _layers(asked: Asked, found: Found) -> Answer | None:
             numbers |= {f"{name}_{block}_{fill}": band[name]["mean"] for fill, band in fills.items()}
         left = [band[name]["mean"] for fills in measured.values() for band in fills.values()]
         beside = [band[name]["mean"] for band in random.values()]
-        parts.append(f"{name} has {_range(left)} left (without as many random weights {_range(beside)})")
+        parts.append(f"{name} has {span(left)} left (without as many random weights {span(beside)})")
     return Answer(
         title="Where in the network is each function?",
         sentence="Without the weights that its mask keeps in one part of the network, whichever part and whatever"
@@ -635,15 +636,10 @@ def _ordinal(number: int) -> str:
     return f"{number}{ending}"
 
 
-def _range(values: Sequence[float]) -> str:
-    low, high = percent(min(values)), percent(max(values))
-    return low if low == high else f"{low} to {high}"
-
-
 def _told(values: Mapping[str, float], each: str, together: str) -> str:
     """Write each name with its value, or, where there are many, only how far the values reach."""
     if len(values) > _MANY_TASKS:
-        return together.format(_range(list(values.values())))
+        return together.format(span(list(values.values())))
     return _listed(each.format(name, percent(value)) for name, value in values.items())
 
 
