@@ -123,6 +123,18 @@ def test_on_ray_a_worker_that_is_killed_takes_no_run_along(study):
         assert masks(f"all/runs/width={width}_seed=0") == masks(f"alone{width}")
 
 
+@pytest.mark.filterwarnings("ignore")  # Dask's own
+def test_on_dask_a_worker_that_is_killed_takes_no_run_along(study):
+    pytest.importorskip("distributed")
+    Path("once").touch()
+    found = sweep(study, {"width": [5, 4], "seed": [0]}, out="all", jobs=2, engine="dask", report=False)
+    assert not found.failed
+    assert not Path("once").exists()
+    for width in (4, 5):
+        sl.inspect(studies.load(study, width=width), out=f"alone{width}", progress=False, report=False)
+        assert masks(f"all/runs/width={width}_seed=0") == masks(f"alone{width}")
+
+
 def test_a_failing_run_stops_no_other_and_is_made_again_only_with_resume(study, capsys):
     Path("broken").touch()
     command = ["sweep", study, "--set", "width=5,4", "--seeds", "2,", "--out", "all"]

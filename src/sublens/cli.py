@@ -179,7 +179,7 @@ def _sweep(
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes at a time. They share the cores.")] = 1,
     engine: Annotated[
-        str | None, typer.Option(help="ray: the processes of a Ray cluster.", show_default="this machine's")
+        str | None, typer.Option(help="ray or dask: the processes of such a cluster.", show_default="this machine's")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the runs that failed, or were interrupted.")

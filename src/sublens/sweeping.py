@@ -93,8 +93,9 @@ def sweep(
             an earlier sweep made them.
         jobs: processes that run at a time. They share the cores: each has as many threads as PyTorch has here,
             divided by ``jobs``. One is this process itself.
-        engine: ``"ray"`` for the processes of a Ray cluster (the one that ``RAY_ADDRESS`` names, or a local one), each
-            with one thread; ``None`` for processes of this machine. A cluster's machines must see the same files.
+        engine: ``"ray"`` or ``"dask"`` for the processes of such a cluster (the one that ``RAY_ADDRESS`` or
+            ``DASK_SCHEDULER_ADDRESS`` names, or a local one), each with one thread; ``None`` for processes of this
+            machine. A cluster's machines must see the same files.
         resume: go on with the runs that were begun and failed, or were killed.
         network: file of weights; no run then trains a network.
         report: whether each run gets a report of its own.
@@ -255,23 +256,58 @@ def _engine(name: str | None, jobs: int) -> Iterator[_Workers]:
     if name is None:
         yield _Workers(jobs, max(1, torch.get_num_threads() // jobs), BrokenProcessPool, streams=True)
         return
-    if name != "ray":
-        raise SettingError(f"engine={name!r} is unknown. The only engine beside this machine's processes is ray.")
-    try:
-        import ray
-        from ray.util.joblib import register_ray
-    except ImportError as error:
+    if name not in _CLUSTERS:
         raise SettingError(
-            "The engine ray is not installed. Install it: python -m pip install 'sublens[ray]'."
+            f"engine={name!r} is unknown. Beside this machine's processes there are {' and '.join(_CLUSTERS)}."
+        )
+    try:
+        cluster = _CLUSTERS[name](jobs)
+        with cluster as workers, joblib.parallel_config(backend=name):
+            yield workers
+    except ImportError as error:
+        if error.name not in ("ray", "distributed", "dask"):
+            raise
+        raise SettingError(
+            f"The engine {name} is not installed. Install it: python -m pip install 'sublens[{name}]'."
         ) from error
+
+
+@contextlib.contextmanager
+def _ray(jobs: int) -> Iterator[_Workers]:
+    import ray
+    from ray.util.joblib import register_ray
+
     if not ray.is_initialized():
         ray.init(logging_level="error", log_to_driver=False)
-    processors = int(ray.cluster_resources().get("CPU", 0))
-    if jobs > processors:
-        raise SettingError(f"jobs={jobs} is more than the {processors} processors of the Ray cluster. Give fewer.")
+    _check_processors(jobs, int(ray.cluster_resources().get("CPU", 0)), "Ray")
     register_ray()
-    with joblib.parallel_config(backend="ray"):
-        yield _Workers(jobs, 1, ray.exceptions.RayError, streams=False)
+    yield _Workers(jobs, 1, ray.exceptions.RayError, streams=False)
+
+
+@contextlib.contextmanager
+def _dask(jobs: int) -> Iterator[_Workers]:
+    from distributed import Client, LocalCluster
+    from distributed.scheduler import KilledWorker
+
+    with contextlib.ExitStack() as stack:
+        where = os.environ.get("DASK_SCHEDULER_ADDRESS")
+        if where is None:
+            where = stack.enter_context(
+                LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True, dashboard_address=None)
+            )
+        client = stack.enter_context(Client(where))
+        _check_processors(jobs, sum(client.nthreads().values()), "Dask")
+        yield _Workers(jobs, 1, KilledWorker, streams=False)
+
+
+_CLUSTERS = {"ray": _ray, "dask": _dask}
+
+
+def _check_processors(jobs: int, processors: int, cluster: str) -> None:
+    if jobs > processors:
+        raise SettingError(
+            f"jobs={jobs} is more than the {processors} processors of the {cluster} cluster. Give fewer."
+        )
 
 
 def _ended(runs: Mapping[int, _Run], workers: _Workers) -> Iterator[tuple[int, str | None]]:
