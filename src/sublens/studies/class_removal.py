@@ -57,6 +57,9 @@ _RESNET_PRESETS: dict[str, dict[str, Any]] = {
         "network_steps": 400,
         "network_milestones": (200, 300),
         "mask_steps": 150,
+        # 150 steps of the paper's size and alpha would close one gate in a hundred.
+        "mask_lr": 0.1,
+        "alpha": 1e-3,
         "evaluate_every": 200,
         "random_masks": 3,
     },
