@@ -810,6 +810,7 @@ def test_its_text_says_what_it_is() -> None:
     assert "72 logits of Sequential" in text
     assert "samples=8" in text
     assert "GumbelSigmoid(tau=1.0)" in text
+    assert "\n" not in text
 
 
 class WritesIntoItsInput(nn.Module):

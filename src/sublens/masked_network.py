@@ -454,6 +454,10 @@ class MaskedNetwork(nn.Module):
         super()._apply(move, recurse)
         return self
 
+    def __repr__(self) -> str:
+        """One line: the modules that hold the logits are as many as the network's, and say nothing."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         elements = sum(t.numel() for t in self.logits_tree.parameters())

@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from sublens.errors import SettingError
-from sublens.gates.base import Gate, Penalty
-from sublens.kernels import uniform
+from sublens.gates.ranked import RankedGate
 from sublens.noise import Draw
 
 
 @dataclass(frozen=True)
-class NOfM(Gate):
+class NOfM(RankedGate):
     """N of every M are open (N:M sparsity: Zhou et al., ICLR 2021; 2:4 is what sparse tensor cores compute).
 
     Along the inputs (dimension 1 of the logits, or dimension 0 where there is one input only), elements stand in runs
@@ -55,48 +54,16 @@ class NOfM(Gate):
         return cls(max(1, ratio.numerator), ratio.denominator)
 
     @property
-    def takes_penalty(self) -> bool:
-        """No: how much is kept is given."""
-        return False
-
-    @property
-    def noisy(self) -> bool:
-        """Never: equal logits give equal samples."""
-        return False
-
-    def masked(self, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
-        """The weight times h."""
-        return torch.where(self._is_open(logits), weight, weight.new_zeros(()))
+    def given(self) -> str:
+        """N of M."""
+        return f"{self.n} of {self.m}"
 
     def logit_gradient(self, gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """The gradient times the weight."""
         return gradient.float() * weight.float()
 
-    def decision(self, logits: Tensor) -> Tensor:
-        """1 where h is 1, -1 elsewhere; NaN stays NaN, so that no mask is made of it."""
-        signs = torch.where(self._is_open(logits), 1.0, -1.0)
-        return signs.masked_fill_(logits.detach().isnan(), math.nan)
-
-    def keep_probability(self, logits: Tensor, step: int) -> Tensor:
-        """h, without a gradient to the logits: none of them changes how many are open."""
-        return self._is_open(logits) + 0.0 * logits
-
-    def penalty(self, logits: Tensor, kind: Penalty, step: int) -> Tensor:
-        """There is none.
-
-        Raises:
-            SettingError: always.
-        """
-        raise SettingError(
-            f"{self} keeps {self.n} of {self.m} whatever the penalty is, so alpha would have no effect. Set alpha=0."
-        )
-
-    def start(self, logits: Tensor, draw: Draw) -> Tensor:
-        """Scores in random order."""
-        u = uniform(draw, logits.numel(), device=logits.device).view(logits.shape)
-        return (2 * u - 1) / math.sqrt(max(1, logits.shape[1:].numel()))
-
-    def _is_open(self, logits: Tensor) -> Tensor:
+    def is_open(self, logits: Tensor) -> Tensor:
+        """The N highest of each run."""
         along = 1 if logits.dim() > 1 and logits.shape[1] > 1 else 0
         scores = logits.detach().movedim(along, -1)
         size = scores.shape[-1]

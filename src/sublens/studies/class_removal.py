@@ -14,26 +14,12 @@ from sublens.errors import StudyError
 from sublens.mask import Mask
 from sublens.studies.image_files import Images, load_images
 from sublens.studies.image_networks import ConvNet, ResNet
-from sublens.studies.images import Confusion, confusion, image_task, layers_of
+from sublens.studies.images import CONV_PAPER, CONV_QUICK, Confusion, confusion, image_task, layers_of
 from sublens.studies.settings import chosen_preset, truth, whole
 from sublens.study import Asked, Study, repeat_of
 
 _CONTROL = "all"
-_CONV = {"network_steps": 20_000, "mask_steps": 20_000, "mask_lr": 1e-3, "alpha": 3e-4, "batch_size": 128}
-_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"width": 32, **_CONV},
-    # A mask's steps are larger: 400 of 3e-2 can take a logit as far as 12,000 of the paper's.
-    "quick": {
-        **_CONV,
-        "width": 16,
-        "network_steps": 600,
-        "network_lr": 2e-3,
-        "mask_steps": 400,
-        "mask_lr": 3e-2,
-        "evaluate_every": 200,
-        "random_masks": 3,
-    },
-}
+_PRESETS: dict[str, dict[str, Any]] = {"paper": CONV_PAPER, "quick": {**CONV_QUICK, "random_masks": 3}}
 _RESNET: dict[str, Any] = {
     "network_lr": 0.1,
     "network_optimizer": "sgd",

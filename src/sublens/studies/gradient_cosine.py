@@ -16,32 +16,13 @@ from sublens.answers import Answer, Lines, Series, Spread
 from sublens.mask import Mask
 from sublens.studies.image_files import Images, load_images
 from sublens.studies.image_networks import ConvNet
-from sublens.studies.images import image_task, layers_of, loss
+from sublens.studies.images import CONV_PAPER, CONV_QUICK, image_task, layers_of, loss
 from sublens.studies.settings import chosen_preset, truth, whole
 from sublens.study import Asked, Study, seed_from
 
 _CONTROL = "all"
 _AT_A_TIME = 1000
-_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "width": 32,
-        "network_steps": 20_000,
-        "mask_steps": 20_000,
-        "mask_lr": 1e-3,
-        "alpha": 3e-4,
-        "batch_size": 128,
-    },
-    "quick": {
-        "width": 16,
-        "network_steps": 600,
-        "network_lr": 2e-3,
-        "mask_steps": 400,
-        "mask_lr": 3e-2,
-        "alpha": 3e-4,
-        "batch_size": 128,
-        "evaluate_every": 200,
-    },
-}
+_PRESETS: dict[str, dict[str, Any]] = {"paper": CONV_PAPER, "quick": CONV_QUICK}
 
 Gradients = Mapping[str, Tensor]
 

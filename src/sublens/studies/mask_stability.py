@@ -14,32 +14,13 @@ from sublens.analysis import overlap
 from sublens.answers import Answer, Bars, Series, Spread
 from sublens.studies.image_files import load_images
 from sublens.studies.image_networks import ConvNet
-from sublens.studies.images import image_task
+from sublens.studies.images import CONV_PAPER, CONV_QUICK, image_task
 from sublens.studies.settings import chosen_preset, whole
 from sublens.study import Asked, Study, repeat_of, seed_from
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "width": 32,
-        "pairs": 10,
-        "network_steps": 20_000,
-        "mask_steps": 20_000,
-        "mask_lr": 1e-3,
-        "alpha": 3e-4,
-        "batch_size": 128,
-    },
-    "quick": {
-        "width": 16,
-        "pairs": 3,
-        "network_steps": 600,
-        "network_lr": 2e-3,
-        "mask_steps": 400,
-        "mask_lr": 3e-2,
-        "alpha": 3e-4,
-        "batch_size": 128,
-        "evaluate_every": 200,
-        "random_masks": 3,
-    },
+    "paper": {**CONV_PAPER, "pairs": 10},
+    "quick": {**CONV_QUICK, "pairs": 3, "random_masks": 3},
 }
 
 
