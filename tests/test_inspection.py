@@ -531,3 +531,36 @@ def test_the_default_folder_names_study_preset_and_seed() -> None:
 def test_the_report_is_written_and_again_when_resumed(finished: Path) -> None:
     run(finished, resume=True, report=True)
     assert (finished / "report.html").exists()
+
+
+def test_what_a_task_excludes_is_measured_and_judged(tmp_path: Path) -> None:
+    low, high = task("low", [0, 1]), task("high", [2, 3])
+    # The other outputs are held back from the one, and left out by the other.
+    study = make_study(
+        tasks=[dataclasses.replace(low, held_back=high.metric), dataclasses.replace(high, left_out=low.metric)],
+        functions={},
+        mask_steps=200,
+    )
+    result = run(tmp_path / "run", study)
+    held_back, left_out = result["excluded"]
+    assert (held_back["task"], held_back["kind"]) == ("low", "held_back")
+    assert (left_out["task"], left_out["kind"]) == ("high", "left_out")
+    for found, mask, other in ((held_back, "low", "high"), (left_out, "high", "low")):
+        assert found["network"] == result["network"]["accuracy"][other]
+        assert found["mask"] == result["masks"][mask]["accuracy"][other]
+        assert found["control"] == result["masks"]["both"]["accuracy"][other]
+        assert found["random"]["low"] <= found["random"]["mean"] <= found["random"]["high"]
+    of_low, of_high = result["verdict"]["excluded"]
+    chance = held_back["random"]["mean"]
+    assert of_low["same_function"]
+    assert of_low["left"] == pytest.approx((held_back["mask"] - chance) / (held_back["control"] - chance))
+    assert not of_high["same_function"]
+    assert of_high["left"] == pytest.approx(left_out["mask"] / left_out["control"])
+    assert (
+        "low holds back" in result["verdict"]["reuse"]["because"] or "low mask" in result["verdict"]["reuse"]["because"]
+    )
+
+
+def test_what_excludes_must_be_a_function() -> None:
+    with pytest.raises(StudyError, match="held_back must be a function, not a float"):
+        dataclasses.replace(task("low", [0]), held_back=0.5)  # type: ignore[arg-type]
