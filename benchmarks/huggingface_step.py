@@ -41,7 +41,7 @@ def loss_of(name: str, net: nn.Module, tokens: Tensor) -> Tensor:
     """A loss that reaches every masked weight."""
     if name == "gpt2":
         return cross_entropy(net(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    return net(input_ids=tokens).last_hidden_state.square().mean()
+    return net(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state.square().mean()
 
 
 def measure(name: str, kind: str, steps: int, batch: int, length: int) -> None:

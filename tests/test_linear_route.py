@@ -1,6 +1,8 @@
 """Which networks take the fast route for linear layers, and that it gives what the general route gives."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,3 +184,163 @@ def test_code_that_is_compiled_on_the_way_does_not_reach_our_loops(samples: int)
     network.part = network.broken
     for one, other in zip(found, run(sl.MaskedNetwork(network, samples=samples), x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+# --- networks that vmap does not take
+
+
+class Looks(nn.Module):
+    """Looks at its values, which vmap does not allow; each example goes its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def mixed(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x > 100).any()):
+            x = x.clamp(max=100)
+        return self.mixed(x, self.second(torch.tanh(self.first(x))))
+
+
+class LooksAndMixes(Looks):
+    def mixed(self, x: Tensor, y: Tensor) -> Tensor:
+        return y - y.mean(0)
+
+
+class MixesLater(Looks):
+    """As long as no input is above 3."""
+
+    def mixed(self, x: Tensor, y: Tensor) -> Tensor:
+        return y - y.mean(0) if bool((x > 3).any()) else y
+
+
+class Turned(Looks):
+    """Its layers see the batch last but one, so rows of different chunks lie beside each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x > 100).any()):
+            return x
+        x = torch.stack([x, x.flip(-1)])
+        return self.second(torch.tanh(self.first(x))).sum(0)
+
+
+class WithAnObject(Looks):
+    def mixed(self, x: Tensor, y: Tensor) -> Any:
+        return y, object()
+
+
+WHOLE = "whole batch"
+
+
+def routes(masked: sl.MaskedNetwork) -> list[bool]:
+    """Of each kind of call that was on trial, whether it has to go the general route."""
+    return [general for kind, general in masked._general.items() if isinstance(kind, tuple) and kind[0] == WHOLE]
+
+
+def calls(network: nn.Module, xs: list[Tensor], monkeypatch: pytest.MonkeyPatch, *, general: bool) -> Any:
+    with monkeypatch.context() as patch:
+        if general:
+            patch.setattr(sl.MaskedNetwork, "_on_trial", lambda *_: None)
+        masked = sl.MaskedNetwork(network, keep=0.6, samples=2, seed=5)
+        return [run(masked, x) for x in xs], masked
+
+
+def inputs(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(8, 6, generator=generator).clamp(max=3) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("make", "general"), [(Looks, False), (LooksAndMixes, True), (Turned, True), (MixesLater, False)]
+)
+def test_on_trial_a_network_gives_what_the_general_route_gives(
+    make: Callable[[], nn.Module], general: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, masked = calls(make(), inputs(6), monkeypatch, general=False)
+    expected, _ = calls(make(), inputs(6), monkeypatch, general=True)
+    assert routes(masked) == [general]
+    for (output, logits, of_x), (output_too, logits_too, of_x_too) in zip(found, expected, strict=True):
+        torch.testing.assert_close(output, output_too)
+        torch.testing.assert_close(logits, logits_too)
+        torch.testing.assert_close(of_x, of_x_too)
+
+
+def test_a_network_that_begins_to_mix_its_examples_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    xs = inputs(8)
+    for x in xs[6:]:
+        x[0, 0] = 4.0
+    masked = sl.MaskedNetwork(MixesLater(), keep=0.6, samples=2, seed=5)
+    for x in xs[:7]:
+        run(masked, x)
+    assert routes(masked) == [False]  # nobody has looked at call 7
+    with pytest.warns(UserWarning, match=r"In training call 8 the network does not treat the examples .* by itself"):
+        found = run(masked, xs[7])
+    assert routes(masked) == [True]
+    expected, _ = calls(MixesLater(), xs, monkeypatch, general=True)
+    torch.testing.assert_close(found[0], expected[7][0])
+
+
+def test_it_is_looked_at_ever_more_rarely_and_first_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks: list[int] = []
+    original = sl.MaskedNetwork._by_chunk
+
+    def counted(self: sl.MaskedNetwork, step: int, *rest: Any) -> Any:
+        chunks.append(step + 1)
+        return original(self, step, *rest)
+
+    monkeypatch.setattr(sl.MaskedNetwork, "_by_chunk", counted)
+    masked = sl.MaskedNetwork(Looks(), samples=2)
+    for x in inputs(20):
+        masked(x)
+    assert sorted(set(chunks)) == [1, 2, 4, 8, 16]
+    chunks.clear()
+    resumed = sl.MaskedNetwork(Looks(), samples=2)
+    resumed.step = 20
+    for x in inputs(14):
+        resumed(x)
+    assert sorted(set(chunks)) == [21, 32]
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"samples": 2, "progress": False, "lr": 0.1}
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).square().mean()
+
+    whole = sl.fit(Looks(), inputs(11), loss, steps=11, **settings)
+    sl.fit(Looks(), inputs(11), loss, steps=5, folder=tmp_path, **settings)
+    resumed = sl.fit(Looks(), inputs(11), loss, steps=11, folder=tmp_path, resume=True, **settings)
+    for name, logits in whole.logits.items():
+        assert torch.equal(logits, resumed.logits[name])
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_what_is_not_on_trial(samples: int) -> None:
+    """An object in the output that nothing is known of, hooks, and a batch that K does not divide."""
+    with_object = sl.MaskedNetwork(WithAnObject(), samples=2)
+    assert with_object(inputs(1)[0])[0].shape == (8, 4)
+    assert routes(with_object) == [True]
+    network = Looks()
+    network.first.register_forward_hook(lambda module, args, output: None)
+    hooked = sl.MaskedNetwork(network, samples=samples)
+    assert hooked(inputs(1)[0]).shape == (8, 4)
+    assert routes(hooked) == ([True] if samples == 2 else [])
+
+
+def test_inputs_that_are_written_into_are_written_into_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writes(Looks):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    found, expected = [], []
+    for results, general in ((found, False), (expected, True)):
+        x = inputs(1)[0]
+        with monkeypatch.context() as patch:
+            if general:
+                patch.setattr(sl.MaskedNetwork, "_on_trial", lambda *_: None)
+            results.append(sl.MaskedNetwork(Writes(), samples=2)(x).detach())
+    torch.testing.assert_close(found, expected)

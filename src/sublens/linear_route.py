@@ -7,7 +7,8 @@ all (code that vmap does not take, a weight used for something else) is found at
 
 With one sample, and for networks that treat every example by itself (:func:`per_example`), the call is an ordinary one
 on the whole batch. Other networks are called under :func:`torch.func.vmap` over the K chunks, so that their code still
-sees one chunk; that costs some milliseconds a call.
+sees one chunk; that costs some milliseconds a call. Where vmap does not take that code, the call is an ordinary one on
+the whole batch, if chunks are seen to give the same outputs (``MaskedNetwork``).
 """
 
 import sys
@@ -73,6 +74,11 @@ def per_example(network: nn.Module) -> bool:
         return type(module) in _BY_EXAMPLE
 
     return type(network) is nn.Sequential and acts_alone(network)
+
+
+def watched(network: nn.Module) -> bool:
+    """Whether hooks watch a part of the network: they would see calls that serve to compare two routes."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
 def is_compiled(network: nn.Module) -> bool:
