@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sublens as sl
+from sublens.errors import FileError
 from sublens.fit import progress
+from sublens.fit.checkpoint import RunFolder
 from sublens.storage import load_tensors
 
 
@@ -177,3 +179,33 @@ def test_the_bars_of_all_tasks_share_a_terminal(network, monkeypatch):
     monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=written, force_terminal=True, width=120))
     sl.fit_tasks(network, TASKS, **{**SETTINGS, "progress": True})
     assert all(name in written.getvalue() for name in TASKS)
+
+
+def test_one_that_cannot_be_saved_keeps_no_other_from_it(network, tmp_path, monkeypatch):
+    def interrupted(net: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            (tmp_path / "low" / "history.jsonl").unlink()
+            monkeypatch.setattr(RunFolder, "save", saved)
+            raise KeyboardInterrupt
+        return TASKS["short"]["loss"](net, batch)
+
+    def saved(folder: RunFolder, state: Any, *rest: Any) -> None:
+        if folder.path.name == "low":
+            raise FileError("no room")
+        original(folder, state, *rest)
+
+    calls: list[int] = []
+    original = RunFolder.save
+    tasks = {"high": TASKS["high"], "low": TASKS["low"], "last": {**TASKS["short"], "loss": interrupted}}
+    with pytest.raises((KeyboardInterrupt, FileError)):
+        sl.fit_tasks(network, tasks, **SETTINGS, folder=tmp_path)
+    for name in ("high", "last"):
+        assert (tmp_path / name / "checkpoint.safetensors").exists()
+
+
+def test_loaders_whose_workers_persist_have_one_iterator_and_are_not_shared(network):
+    both = DataLoader(TensorDataset(torch.randn(64, 6)), batch_size=16, num_workers=1, persistent_workers=True)
+    tasks = {name: {"batches": both, "loss": loss_of_loader} for name in "ab"}
+    with pytest.raises(sl.SettingError, match="draw batches from the same DataLoader"):
+        sl.fit_tasks(network, tasks, **SETTINGS)

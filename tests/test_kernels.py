@@ -7,6 +7,9 @@ with the sum of magnitudes.
 """
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from sublens import kernels
 from sublens.errors import SettingError
-from sublens.kernels import LOGIT_BOUND, SIGMOID, Curve, cpu, reference, threads
+from sublens.kernels import LOGIT_BOUND, SIGMOID, Curve, blocked, cpu, reference, threads
 from sublens.noise import Draw, uniform
 
 DRAW = Draw(seed=3, step=11, sample=2, parameter=0x0123456789ABCDEF)
@@ -241,6 +244,41 @@ def test_a_relaxed_sample_of_a_logit_that_is_not_a_number_is_not_one(curve: Curv
     one, logits = torch.ones(600), torch.full((600,), torch.nan)
     assert bool(cpu.scaled(one, logits, DRAW, curve).isnan().all())
     assert bool(cpu.logit_gradient(one, one, logits, DRAW, curve).isnan().all())
+    assert bool(reference.logit_gradient(one, one, logits, DRAW, curve).isnan().all())
+
+
+def test_loops_use_no_memory_that_was_given_back() -> None:
+    """With a C library that overwrites what is freed, as glibc does when it is asked to."""
+    program = """
+import torch
+from sublens.kernels import Curve, cpu, reference
+from sublens.noise import Draw
+draw, g = Draw(1, 2, 3, 4), torch.Generator().manual_seed(0)
+w, x, y = (torch.randn(5000, generator=g) for _ in range(3))
+assert torch.equal(cpu.masked(w, x, draw), reference.masked(w, x, draw))
+for curve, of in ((Curve(), draw), (Curve(), None), (Curve(0.5, -0.1, 1.1), draw)):
+    torch.testing.assert_close(
+        cpu.logit_gradient(y, w, x, of, curve), reference.logit_gradient(y, w, x, of, curve), rtol=1e-3, atol=1e-5
+    )
+torch.testing.assert_close(cpu.scaled(w, x, draw, curve), reference.scaled(w, x, draw, curve), rtol=1e-3, atol=1e-5)
+"""
+    environment = {**os.environ, "MALLOC_PERTURB_": "65", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_another_default_device_changes_nothing(device: str) -> None:
+    weight, logits, gradient = problem(50, 60)
+    x = normal(2, 8, 60)
+    expected = [kernels.masked(weight, logits, DRAW), kernels.logit_gradient(gradient, weight, logits, DRAW)]
+    expected += [kernels.scaled(weight, logits, DRAW, CURVES[1]), blocked.forward(x, weight, logits, DRAW)]
+    with torch.device(device):
+        found = [kernels.masked(weight, logits, DRAW), kernels.logit_gradient(gradient, weight, logits, DRAW)]
+        found += [kernels.scaled(weight, logits, DRAW, CURVES[1]), blocked.forward(x, weight, logits, DRAW)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.device.type == "cpu"
+        assert torch.equal(one, other)
 
 
 def test_many_threads_soften_as_one_does(three_threads: None) -> None:

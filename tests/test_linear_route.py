@@ -1,9 +1,11 @@
 """Which networks take the fast route for linear layers, and that it gives what the general route gives."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -331,16 +333,77 @@ def test_what_is_not_on_trial(samples: int) -> None:
     assert routes(hooked) == ([True] if samples == 2 else [])
 
 
-def test_inputs_that_are_written_into_are_written_into_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Writes(Looks):
+@pytest.mark.parametrize("base", [Looks, LooksAndMixes, MixesLater])
+def test_inputs_that_are_written_into_are_written_into_once(base: type[Looks], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writes(base):  # type: ignore[misc,valid-type]
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.mul_(0.5))
+            return super().forward(x.mul_(2))
 
-    found, expected = [], []
-    for results, general in ((found, False), (expected, True)):
-        x = inputs(1)[0]
-        with monkeypatch.context() as patch:
+    results = []
+    for general in (False, True):
+        xs = inputs(4)
+        xs[3][0, 0] = 3.5
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MixesLater is found out in the fourth call
             if general:
                 patch.setattr(sl.MaskedNetwork, "_on_trial", lambda *_: None)
-            results.append(sl.MaskedNetwork(Writes(), samples=2)(x).detach())
-    torch.testing.assert_close(found, expected)
+            masked = sl.MaskedNetwork(Writes(), samples=2)
+            results.append(([masked(x).detach() for x in xs], xs[1:] if base is Looks else xs))
+    torch.testing.assert_close(*results)
+
+
+def test_numbers_of_another_kind_in_the_output() -> None:
+    class WithNumbers(Looks):
+        def mixed(self, x: Tensor, y: Tensor) -> Any:
+            return y, np.arange(3), "text", None
+
+    masked = sl.MaskedNetwork(WithNumbers(), samples=2)
+    assert masked(inputs(1)[0])[0].shape == (8, 4)
+    assert routes(masked) == [False]
+
+
+def test_strides_do_not_make_a_resumed_run_another(tmp_path: Path) -> None:
+    class Sums(Looks):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True))
+
+    data = torch.randn(8, 6, 33, generator=torch.Generator().manual_seed(1)) * 100
+    settings: dict[str, Any] = {"samples": 2, "progress": False, "lr": 0.1}
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).square().mean()
+
+    def batches(step: int) -> Tensor:
+        return data[:, :, step]
+
+    whole = sl.fit(Sums(), batches, loss, steps=12, **settings)
+    sl.fit(Sums(), batches, loss, steps=5, folder=tmp_path, **settings)
+    resumed = sl.fit(Sums(), batches, loss, steps=12, folder=tmp_path, resume=True, **settings)
+    for name, logits in whole.logits.items():
+        assert torch.equal(logits, resumed.logits[name])
+
+
+def test_random_numbers_of_the_network_are_the_same_in_a_resumed_run(tmp_path: Path) -> None:
+    class Noisy(Looks):
+        def mixed(self, x: Tensor, y: Tensor) -> Tensor:
+            return y + torch.randn(y.shape[1:])  # the same for all examples, so that the routes differ by chunks
+
+    settings: dict[str, Any] = {"samples": 2, "progress": False, "lr": 0.1}
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).square().mean()
+
+    whole = sl.fit(Noisy(), inputs(11), loss, steps=11, **settings)
+    sl.fit(Noisy(), inputs(11), loss, steps=5, folder=tmp_path, **settings)
+    resumed = sl.fit(Noisy(), inputs(11), loss, steps=11, folder=tmp_path, resume=True, **settings)
+    for name, logits in whole.logits.items():
+        assert torch.equal(logits, resumed.logits[name])
+
+
+def test_a_look_that_is_interrupted_is_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked = sl.MaskedNetwork(LooksAndMixes(), samples=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sl.MaskedNetwork, "_by_chunk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            masked(inputs(1)[0])
+    assert routes(masked) == [True]

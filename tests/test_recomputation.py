@@ -245,3 +245,71 @@ def test_other_threads_go_on_with_checkpoints_of_their_own(kind: Way) -> None:
         assert torch.equal(one, other)
     assert found
     assert torch.allclose(found[0], weight.detach().sum(1).expand(8, 6))
+
+
+def test_logits_that_do_not_train_take_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run keeps for its backward pass what the first one kept: shapes alone would not tell them apart."""
+
+    class Square(nn.Module):
+        def __init__(self, way: Way) -> None:
+            super().__init__()
+            self.way = way
+            self.a, self.b = (nn.Linear(8, 8, bias=False) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.way(lambda y: self.b(torch.tanh(self.a(y))), x)
+
+    found = []
+    for way in (once, directly):
+        masked = sl.MaskedNetwork(made_square(Square, way), keep=0.6, samples=1, groups=(2, None))
+        masked.logits["a.weight"].requires_grad_(False)
+        masked(torch.eye(8)).square().sum().backward()
+        found.append(masked.logits["b.weight"].grad)
+    torch.testing.assert_close(*found)
+
+
+def made_square(kind: Any, way: Way) -> nn.Module:
+    torch.manual_seed(0)
+    network: nn.Module = kind(way)
+    return network
+
+
+@pytest.mark.parametrize("board", [False, True])
+def test_gradients_of_inputs_under_a_mask(board: bool) -> None:
+    """In evaluation and on a Switchboard too the second run sees the masked weights."""
+    found = []
+    for way in (once, directly):
+        network = made(Parts, way)
+        x = X.clone().requires_grad_()
+        if board:
+            mask = sl.random_mask(network, 0.5)
+            output = sl.Switchboard(network, {"half": mask})("half", x)
+        else:
+            masked = sl.MaskedNetwork(network).eval()
+            with torch.no_grad():
+                for i, logits in enumerate(masked.parameters()):
+                    logits.copy_(torch.randn(logits.shape, generator=torch.Generator().manual_seed(i)))
+            output = masked(x)
+        output.square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_a_first_call_leaves_the_checkpoints_of_other_threads_alone() -> None:
+    failed: list[BaseException] = []
+
+    def elsewhere() -> None:
+        try:
+            once(nn.Linear(6, 6), X.clone().requires_grad_()).sum().backward()
+        except BaseException as error:
+            failed.append(error)
+
+    def meanwhile(function: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+        return function(*args)
+
+    sl.MaskedNetwork(made(Parts, meanwhile))(X).sum().backward()
+    assert not failed

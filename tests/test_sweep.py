@@ -135,6 +135,17 @@ def test_on_dask_a_worker_that_is_killed_takes_no_run_along(study):
         assert masks(f"all/runs/width={width}_seed=0") == masks(f"alone{width}")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_dask_workers_with_several_threads_are_refused(study, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+    ) as cluster:
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", cluster.scheduler_address)
+        with pytest.raises(sl.SettingError, match="--nthreads 1"):
+            sweep(study, {"width": [5, 4], "seed": [0]}, out="all", jobs=1, engine="dask", report=False)
+
+
 def test_a_failing_run_stops_no_other_and_is_made_again_only_with_resume(study, capsys):
     Path("broken").touch()
     command = ["sweep", study, "--set", "width=5,4", "--seeds", "2,", "--out", "all"]

@@ -23,7 +23,7 @@ from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
 from sublens.redrawing import Redrawing
 from sublens.selection import Where, tied_names
-from sublens.splitting import Axes, Batch, agree, flatten, join, output_axes
+from sublens.splitting import Axes, Batch, agree, copied, flatten, join, output_axes
 
 
 class MaskedNetwork(nn.Module):
@@ -240,7 +240,8 @@ class MaskedNetwork(nn.Module):
         """
         if not self.training:
             kept = {name: binarise(decision) for name, decision in self.decisions().items()}
-            return self._call(lambda name, w: self._masked_by(kept, name, w), args, kwargs)
+            around = partial(recomputation.covered, self.network, again={})
+            return self._call(lambda name, w: self._masked_by(kept, name, w), args, kwargs, around)
         with torch.no_grad():
             for logits in self.logits.values():
                 # Through .data: values within the bound do not change, so graphs of earlier calls stay valid.
@@ -291,15 +292,16 @@ class MaskedNetwork(nn.Module):
         if outputs is not None:
             return join(outputs, sizes, self._axes[kind])
 
-        def in_chunks() -> Any:
-            parts = [self._by_chunk(step, k, *batch.part(*span)) for k, span in enumerate(pairwise(bounds))]
+        def in_chunks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            of_these = Batch(args, kwargs, self.batch_dim)
+            parts = [self._by_chunk(step, k, *of_these.part(*span)) for k, span in enumerate(pairwise(bounds))]
             return join(parts, sizes, self._axes[kind])
 
         if self.batch_dim == 0 and batch.size % self.samples == 0:
             output = self._on_trial(step, kind, args, kwargs, in_chunks)
             if output is not None:
                 return output
-        return in_chunks()
+        return in_chunks(args, kwargs)
 
     def _output_axes(self, batch: Batch, size: int) -> Axes:
         """Where the batch is in the outputs: found by two calls of the plain network on batches of different sizes.
@@ -308,7 +310,8 @@ class MaskedNetwork(nn.Module):
         network which writes into its input does so once.
         """
         other = size - 1 if size > 1 else 2
-        with torch.no_grad():
+        # Whatever random numbers the network draws in them: a resumed run makes these calls once more.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             first, second = (self._call(plain, *batch.part(0, count, copy=True)) for count in (size, other))
         return output_axes(first, size, second, other, batch_leads=self.batch_dim == 0)
 
@@ -323,48 +326,55 @@ class MaskedNetwork(nn.Module):
         """The output of one call by the linear route, or ``None`` where that route does not apply."""
 
         def call(copy: bool) -> Any:
-            leaves, rebuild = flatten((args, kwargs))
-            copied = [leaf.clone() if copy and isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            return self._call(self._put(step, chunks), *rebuild(copied))
+            inputs = copied((args, kwargs)) if copy else (args, kwargs)
+            return self._call(self._put(step, chunks), *inputs)
 
         return self._by_linear_layers(kind, call)
 
     def _on_trial(
-        self, step: int, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], in_chunks: Callable[[], Any]
+        self,
+        step: int,
+        kind: Hashable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_chunks: Callable[[tuple[Any, ...], dict[str, Any]], Any],
     ) -> Any:
         """The output of one call on the whole batch by the linear route, if chunks give the same; otherwise ``None``.
 
         For networks whose code :func:`torch.func.vmap` does not take (it looks at values, as to find that nothing is
         padded), though each example goes its own way in them. That this is so is not believed: it is looked at in the
-        first call of a kind in this process, and in training calls 1, 2, 4, 8, 16, and so on. What is returned depends
-        on the outcome only and not on when it was looked at, so that a resumed run has the same bits.
+        first call of a kind in this process, and in training calls 1, 2, 4, 8, 16, and so on. As long as chunks agree,
+        what is returned does not depend on when it was looked at, so that a resumed run has the same bits.
         """
         kind = ("whole batch", kind)
         known = kind in self._general
         if not known and linear_route.watched(self.network):
             self._general[kind] = True
-        looks = not known or step & (step + 1) == 0
-        if looks and not self._general.get(kind):
-            # Copies, for the chunks have to see the inputs too.
-            leaves, rebuild = flatten((args, kwargs))
-            args, kwargs = rebuild([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        if self._general.get(kind):
+            return None
+        if known and step & (step + 1) != 0:
+            return self._whole_batch(step, self.samples, kind, args, kwargs)
+        inputs, state = copied((args, kwargs)), torch.get_rng_state()  # a network may write into its inputs
         output = self._whole_batch(step, self.samples, kind, args, kwargs)
-        if output is None or not looks:
-            return output
-        with torch.no_grad():
-            same = agree(output, in_chunks())
+        if output is None:
+            return None
+        self._general[kind] = True  # until chunks have been seen to agree
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            same = agree(output, in_chunks(*copied(inputs)))
         if same:
+            self._general[kind] = False
             return output
-        self._general[kind] = True
-        if known:
-            warnings.warn(
-                f"In training call {step + 1} the network does not treat the examples of a batch each by itself, which "
-                "it did before. From here on each chunk of the batch is computed alone, which is slower. What was "
-                "trained since the last look may rest on samples that were mixed up: train the mask again with "
-                "SUBLENS_KERNELS=reference in the environment if that matters.",
-                stacklevel=5,
-            )
-        return None
+        torch.set_rng_state(state)
+        if not known:
+            return None  # this first call was made on copies
+        warnings.warn(
+            f"In training call {step + 1} the network does not treat the examples of a batch each by itself, which "
+            "it did before. From here on each chunk of the batch is computed alone, which is slower. What was "
+            "trained since the last look may rest on samples that were mixed up: train the mask again with "
+            "SUBLENS_KERNELS=reference in the environment if that matters.",
+            stacklevel=5,
+        )
+        return in_chunks(*inputs)
 
     def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
         """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""

@@ -49,9 +49,10 @@ def covered(
     drawn = {name: key for key in again for name in names[key]}
     kept = {name: tensor for name, tensor in tensors.items() if name not in drawn}
     shapes = {name: tensors[name].shape for name in drawn}
+    trained = {key: tensors[names[key][0]].requires_grad for key in again}
 
     def run_again(function: Callable[..., Any], used: set[int], args: Any, kwargs: Any) -> Any:
-        made = {key: again[key]().requires_grad_() for key in used}
+        made = {key: again[key]().requires_grad_(trained[key]) for key in used}
         # A weight that the first run did not use has no data now: if the second run used it, that would be an error.
         without = {key: torch.empty(shapes[names[key][0]], device="meta") for key in again if key not in used}
         weights = kept | {name: (made | without)[key] for name, key in drawn.items()}
@@ -216,8 +217,14 @@ def _one_more() -> Iterator[None]:
 
 @contextmanager
 def _watching() -> Iterator[None]:
+    thread = threading.get_ident()
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        if threading.get_ident() == thread:
+            _look()
+
     # A hook for all modules, so that those of the network are not touched.
-    handle = register_module_forward_pre_hook(_look)
+    handle = register_module_forward_pre_hook(look)
     try:
         yield
     finally:
@@ -225,7 +232,7 @@ def _watching() -> Iterator[None]:
 
 
 @untraced
-def _look(module: nn.Module | None = None, inputs: Any = None) -> None:
+def _look() -> None:
     # Non-reentrant checkpoints work through default hooks for saved tensors; torch tells of them only privately.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     inside = hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"

@@ -320,6 +320,7 @@ class Study:
             raise StudyError(f"Study {self.name!r}: together must be a Together, not {_kind(together)}.")
         other = [name for name in ("repeated", "from_control", "prepare") if getattr(self, name)]
         other += ["groups"] if self.groups != "weight" else []
+        other += [name for name in ("held_back", "left_out") if any(getattr(task, name) for task in self.tasks)]
         if other:
             raise StudyError(
                 f"Study {self.name!r}: {other[0]} has no meaning where weights and masks train together. Leave it out."

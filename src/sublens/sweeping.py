@@ -95,7 +95,8 @@ def sweep(
             divided by ``jobs``. One is this process itself.
         engine: ``"ray"`` or ``"dask"`` for the processes of such a cluster (the one that ``RAY_ADDRESS`` or
             ``DASK_SCHEDULER_ADDRESS`` names, or a local one), each with one thread; ``None`` for processes of this
-            machine. A cluster's machines must see the same files.
+            machine. A cluster's machines must see the same files. On a Dask cluster all workers are used, whatever
+            ``jobs`` is.
         resume: go on with the runs that were begun and failed, or were killed.
         network: file of weights; no run then trains a network.
         report: whether each run gets a report of its own.
@@ -296,7 +297,13 @@ def _dask(jobs: int) -> Iterator[_Workers]:
                 LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True, dashboard_address=None)
             )
         client = stack.enter_context(Client(where))
-        _check_processors(jobs, sum(client.nthreads().values()), "Dask")
+        threads = client.nthreads()
+        if any(count > 1 for count in threads.values()):
+            raise SettingError(
+                "A worker of the Dask cluster has several threads, but runs in one process share torch's random "
+                "numbers and would no longer be reproducible. Start workers with --nthreads 1."
+            )
+        _check_processors(jobs, len(threads), "Dask")
         yield _Workers(jobs, 1, KilledWorker, streams=False)
 
 

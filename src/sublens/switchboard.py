@@ -1,12 +1,14 @@
 """``Switchboard``: many masks over one frozen network, one of them chosen for each call, or for each example."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sublens import recomputation
 from sublens.calling import call_with, plain
 from sublens.errors import MismatchError, SettingError
 from sublens.mask import Mask, fingerprint
@@ -145,7 +147,8 @@ class Switchboard:
 
     def _through(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weights = self._weights(name)
-        return call_with(self._network, self._aliases, lambda n, weight: weights.get(n, weight), args, kwargs)
+        around = partial(recomputation.covered, self._network, again={})
+        return call_with(self._network, self._aliases, lambda n, weight: weights.get(n, weight), args, kwargs, around)
 
     def _weights(self, name: str | None) -> dict[str, Tensor]:
         """The masked weights under a mask."""

@@ -137,14 +137,12 @@ class BatchSource:
 
 
 def moving_parts(batches: object) -> list[object]:
-    """What changes while these batches are drawn: the iterator itself, if it is one, and a DataLoader's generators.
+    """What changes while these batches are drawn, so that nobody else may draw from it meanwhile.
 
-    Nobody else may draw from them meanwhile.
+    That is an iterator itself, a DataLoader's generators, and a DataLoader whose workers persist: it has one iterator.
     """
-    return [
-        *([batches] if isinstance(batches, Iterator) else []),
-        *(generator for generator, _ in _own_generators(batches)),
-    ]
+    whole = isinstance(batches, Iterator) or getattr(batches, "persistent_workers", False)
+    return [*([batches] if whole else []), *(generator for generator, _ in _own_generators(batches))]
 
 
 def _own_generators(batches: object) -> list[tuple[torch.Generator, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
@@ -44,17 +45,16 @@ def fit_tasks(network: nn.Module, tasks: Mapping[str, Mapping[str, Any]], **sett
     with random_state_kept(), sharing(settings.get("progress", True)) as bar:
         fittings = {name: fitting(bar, **given) for name, given in arguments.items()}
         runs: dict[str, Run] = {}
-        try:
+        with contextlib.ExitStack() as stack:
+            for each in fittings.values():
+                # Whoever stands between two turns writes a checkpoint, as on Ctrl-C, also if another one cannot.
+                stack.callback(each.close)
             while len(runs) < len(fittings):
                 for name in [name for name in fittings if name not in runs]:
                     try:
                         next(fittings[name])
                     except StopIteration as ended:
                         runs[name] = ended.value
-        finally:
-            # Whoever stands between two turns writes a checkpoint, as on Ctrl-C.
-            for each in fittings.values():
-                each.close()
     return {name: runs[name] for name in tasks}
 
 

@@ -100,8 +100,10 @@ class Training:
     def _pause(self) -> Generator[None, None, None]:
         """Let others do something. Their time is not this run's."""
         began = time.perf_counter()
-        yield
-        self._clock += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self._clock += time.perf_counter() - began
 
     def _step(self, first: bool) -> None:
         """One step in the paper's order: backward of the task loss, of the penalty, clip, update."""

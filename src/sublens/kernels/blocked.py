@@ -112,7 +112,8 @@ def _fields(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> np.ndarray
 def _run(loop: object, p: np.ndarray, x: Tensor, weight: Tensor) -> None:
     loops = cpu.compiled("linear_loops")
     parallel = x.shape[0] * x.shape[1] * weight.numel() >= _SMALL
-    scratch = torch.empty(loops.SCRATCH_BYTES * (torch.get_num_threads() if parallel else 1), dtype=torch.uint8)
+    size = loops.SCRATCH_BYTES * (torch.get_num_threads() if parallel else 1)
+    scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
     p[loops.SCRATCH] = scratch.data_ptr()
     threads.run(loop.address, p.ctypes.data, parallel=parallel)  # type: ignore[attr-defined]
 

@@ -134,14 +134,14 @@ def walk(
 
 def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
     """As :func:`sublens.kernels.reference.masked`."""
-    out = torch.empty(weight.shape, dtype=torch.float32)
+    out = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     walk(weight.contiguous(), logits.contiguous(), draw, masked=out)
     return out
 
 
 def scaled(weight: Tensor, logits: Tensor, draw: Draw, curve: Curve) -> Tensor:
     """As :func:`sublens.kernels.reference.scaled`."""
-    out = torch.empty(weight.shape, dtype=torch.float32)
+    out = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     soften(weight.contiguous(), logits.contiguous(), draw, curve, scaled=out)
     return out
 
@@ -150,7 +150,7 @@ def logit_gradient(
     gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw | None, curve: Curve = SIGMOID
 ) -> Tensor:
     """As :func:`sublens.kernels.reference.logit_gradient`."""
-    out = torch.empty(logits.shape, dtype=torch.float32)
+    out = torch.empty(logits.shape, dtype=torch.float32, device="cpu")
     whole = gradient.resolve_neg().contiguous()
     if curve == SIGMOID and draw is not None:
         walk(weight.contiguous(), logits.contiguous(), draw, gradient=whole, result=out)

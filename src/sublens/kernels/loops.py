@@ -133,9 +133,10 @@ def _walk(p: Any) -> None:
     begin, count, samples, stride = p[BEGIN], p[COUNT], p[SAMPLES], p[STRIDE]
     drawn, limit = np.empty(_RUN + 2 * TILE, u16), np.empty(_RUN, u16)
     odds, total = np.empty(_RUN, f32), np.empty(_RUN, f32)
-    k0, t, o, s = drawn.ctypes.data, limit.ctypes.data, odds.ctypes.data, total.ctypes.data
     first, end = begin // _RUN, (begin + count + _RUN - 1) // _RUN
     while True:
+        # Inside the loop: Numba frees an array after its last use by name, which an address is not.
+        k0, t, o, s = drawn.ctypes.data, limit.ctypes.data, odds.ctypes.data, total.ctypes.data
         run = first + take(p.ctypes.data, 1)
         if run >= end:
             break

@@ -117,7 +117,7 @@ def slope(logits: Tensor, draw: Draw | None, curve: Curve = SIGMOID) -> Tensor:
     s = relaxed(logits, draw, curve)
     width = curve.high - curve.low
     stretched = s * width + curve.low
-    return torch.where((stretched > 0) & (stretched < 1), s * (1.0 - s) * (width / curve.tau), 0.0)
+    return torch.where((stretched <= 0) | (stretched >= 1), 0.0, s * (1.0 - s) * (width / curve.tau))
 
 
 def masked(weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:

@@ -120,8 +120,9 @@ def _soften(p: Any) -> None:
     rate, steepness = f32(1.0 / f[TAU]), f32((f[HIGH] - f[LOW]) / f[TAU])
     drawn = np.empty(_RUN + 2 * TILE, u16)
     noise, sigmoids = np.zeros(_RUN, f32), np.empty(_RUN, f32)
-    n, s = noise.ctypes.data, sigmoids.ctypes.data
     while True:
+        # Inside the loop: Numba frees an array after its last use by name, which an address is not.
+        n, s = noise.ctypes.data, sigmoids.ctypes.data
         lo = take(p.ctypes.data, 1) * _RUN
         if lo >= p[COUNT]:
             break
