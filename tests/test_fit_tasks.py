@@ -197,7 +197,7 @@ def test_one_that_cannot_be_saved_keeps_no_other_from_it(network, tmp_path, monk
 
     calls: list[int] = []
     original = RunFolder.save
-    tasks = {"high": TASKS["high"], "low": TASKS["low"], "last": {**TASKS["short"], "loss": interrupted}}
+    tasks = {"low": TASKS["low"], "high": TASKS["high"], "last": {**TASKS["short"], "loss": interrupted}}
     with pytest.raises((KeyboardInterrupt, FileError)):
         sl.fit_tasks(network, tasks, **SETTINGS, folder=tmp_path)
     for name in ("high", "last"):
