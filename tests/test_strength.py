@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         ({"kept": 0.5, "alpha": 1e-3}, "exclude each other: kept steers alpha"),
         ({"kept": 0.5, "settle": sl.Settled()}, "exclude each other: what is kept"),
         ({"per_layer": True}, "says how kept=... is meant"),
-        ({"kept": 0.5, "gate": sl.TopK()}, "choose how much is kept by the gate's fraction"),
+        ({"kept": 0.5, "gate": sl.TopK()}, "choose how much is kept by the gate's arguments"),
         ({"alpha": -1.0}, "alpha=-1.0 is not a finite number"),
     ],
 )

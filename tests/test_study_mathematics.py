@@ -260,7 +260,7 @@ def test_the_easy_mask_is_measured_on_every_difficulty() -> None:
     assert answer.numbers["easy mask: easy"] == 1.0
     assert answer.numbers["easy mask: hard"] == 0.0
     assert answer.numbers["kept of the control"] == pytest.approx(1 / 3)
-    assert "33.3%" in answer.sentence
+    assert "33.3\u00a0%" in answer.sentence
 
 
 def test_impossible_settings_are_refused() -> None:
