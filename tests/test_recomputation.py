@@ -12,6 +12,7 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import sublens as sl
+from sublens import recomputation
 
 Way = Callable[..., Tensor]  # (function, *tensors) -> its result, perhaps by a checkpoint
 
@@ -107,10 +108,13 @@ def test_gradients_are_those_without_a_checkpoint(kind: Any, way: Way, samples: 
 
 def test_a_checkpoint_that_is_not_known_is_refused() -> None:
     """It would see whole weights in its second run."""
-    original = checkpoints._checkpoint_without_reentrant_generator
+    original = getattr(checkpoints, recomputation._GENERATOR)
 
     def unknown(function: Any, *args: Any) -> Any:
-        steps = original(function, True, checkpoints.noop_context_fn, "default", False, True, *args)
+        if recomputation._GENERATOR.endswith("_impl"):
+            steps = original(function, args, {})
+        else:
+            steps = original(function, True, checkpoints.noop_context_fn, "default", False, True, *args)
         next(steps)
         result = function(*args)
         next(steps, None)
@@ -210,12 +214,12 @@ def test_other_hooks_on_saved_tensors_are_left_alone() -> None:
 
 
 def test_nothing_of_ours_stays_behind() -> None:
-    originals = checkpoints._checkpoint_without_reentrant_generator, checkpoints.CheckpointFunction
+    originals = getattr(checkpoints, recomputation._GENERATOR), checkpoints.CheckpointFunction
     masked = sl.MaskedNetwork(made(Parts, once))
     with pytest.raises(sl.SettingError):
         once(masked, X)
     masked(X).sum().backward()
-    assert (checkpoints._checkpoint_without_reentrant_generator, checkpoints.CheckpointFunction) == originals
+    assert (getattr(checkpoints, recomputation._GENERATOR), checkpoints.CheckpointFunction) == originals
     assert not torch.nn.modules.module._global_forward_pre_hooks
     plain = made(Parts, once)
     plain(X).sum().backward()

@@ -24,7 +24,9 @@ from sublens.calling import at_rest
 from sublens.errors import SettingError
 from sublens.kernels.threads import untraced
 
-_GENERATOR = "_checkpoint_without_reentrant_generator"
+# Since torch 2.14 the function that does the work has another name. Both take the checkpointed function first.
+_NAMES = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+_GENERATOR = next((name for name in _NAMES if hasattr(checkpoints, name)), "")
 _here = threading.local()
 """``generator`` is what checkpoints of this thread go through; ``covered`` says in how many such regions it is."""
 
@@ -192,7 +194,7 @@ class _Reentrant:
 @contextmanager
 def _replaced(generator: Callable[..., Any]) -> Iterator[None]:
     """Every checkpoint that this thread meets goes through ``generator`` instead of torch's."""
-    if not hasattr(checkpoints, _GENERATOR):  # another torch: what cannot be repeated is refused
+    if not _GENERATOR:  # another torch: what cannot be repeated is refused
         with _watching():
             yield
         return

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from sublens.analysis import accuracies
-from sublens.answers import Answer, Bars, Series, Table
+from sublens.answers import Answer, Bars, Series, Table, percent
 from sublens.errors import StudyError
 from sublens.studies.sentences import PROPERTIES, Sentences, Words, draw, lexicon, missing
 from sublens.study import Asked, Study, Task, seed_from
@@ -160,8 +160,9 @@ class _World:
         ]
         whole, masked = rows[: len(self.properties)], rows[len(self.properties) :]
         named = [
-            f"{row.name}: accuracy {row.accuracy:.3f}, {row.words:.3f} on its words' labels, {row.unseen:.3f} with "
-            f"words never trained on (whole encoder: {before.accuracy:.3f}, {before.words:.3f}, {before.unseen:.3f})"
+            f"{row.name} is told in {percent(row.accuracy)}, its words' labels by lot in {percent(row.words)}, and in "
+            f"{percent(row.unseen)} with words never trained on (whole encoder: {percent(before.accuracy)}, "
+            f"{percent(before.words)}, {percent(before.unseen)})"
             for row, before in zip(masked, whole, strict=True)
         ]
         return Answer(
@@ -170,7 +171,7 @@ class _World:
             figures=[
                 Bars(
                     title="Accuracy of each property under its mask, and of the labels that its words have by lot",
-                    label="accuracy (%)",
+                    label="accuracy",
                     groups=[row.name for row in masked],
                     series=[
                         Series(name="property", values=[row.accuracy for row in masked]),
