@@ -251,7 +251,7 @@ def test_other_threads_go_on_with_checkpoints_of_their_own(kind: Way) -> None:
     assert torch.allclose(found[0], weight.detach().sum(1).expand(8, 6))
 
 
-def test_logits_that_do_not_train_take_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_do_not_train_take_no_part() -> None:
     """The second run keeps for its backward pass what the first one kept: shapes alone would not tell them apart."""
 
     class Square(nn.Module):

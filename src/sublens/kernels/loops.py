@@ -44,9 +44,8 @@ WORDS = types.Array(types.int64, 1, "C")
 
 
 @njit(error_model="numpy", inline="always")
-def _odds_of(x: Any) -> Any:
-    x = _BOUND if x > _BOUND else x
-    x = -_BOUND if x < -_BOUND else x
+def exp_of(x: Any) -> Any:
+    """exp(x) by the polynomial of the reference, for moderate x (its result must be a normal float32)."""
     y = x * _LOG2_E
     z = y + _ROUNDER
     f = y - (z - _ROUNDER)
@@ -56,6 +55,13 @@ def _odds_of(x: Any) -> Any:
     q = q * f + _C1
     q = q * f + _C0
     return as_float(i32(as_word(q) + i32(as_word(z) << i32(23))))
+
+
+@njit(error_model="numpy", inline="always")
+def held(x: Any) -> Any:
+    """A logit within its bound; NaN stays NaN."""
+    x = _BOUND if x > _BOUND else x
+    return -_BOUND if x < -_BOUND else x
 
 
 @loop(*[INT] * 4)
@@ -69,7 +75,7 @@ def gates(limits: Any, odds: Any, logits: Any, count: Any) -> None:
     t, x = carray(pointer(limits), (count,), u16), carray(pointer(logits), (count,), f32)
     o = carray(pointer(odds), (count,), f32)
     for j in range(whole, count):
-        one = _odds_of(x[j])
+        one = exp_of(held(x[j]))
         t[j] = u16(i32(_LEVELS / (f32(1.0) + one) + f32(0.5)))
         if odds != 0:
             o[j] = one

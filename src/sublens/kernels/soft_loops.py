@@ -23,20 +23,19 @@ from sublens.kernels.loops import (
     WEIGHT,
     WORDS,
     draw_run,
+    exp_of,
     f32,
-    i32,
+    held,
     i64,
     loop,
     u16,
 )
-from sublens.kernels.reference import LOG2_E, LOGIT_BOUND, POLYNOMIAL, ROUNDER, SHARPEST
-from sublens.kernels.vector import as_float, as_word, pointer, take
+from sublens.kernels.reference import SHARPEST
+from sublens.kernels.vector import pointer, take
 from sublens.noise import LEVELS, PATTERNS, TILE
 
 _RUN = 2048
-_BOUND, _SHARPEST = f32(LOGIT_BOUND), f32(SHARPEST)
-_LOG2_E, _ROUNDER = f32(LOG2_E), f32(ROUNDER)
-_C5, _C4, _C3, _C2, _C1, _C0 = map(f32, POLYNOMIAL)
+_SHARPEST = f32(SHARPEST)
 
 # Fields behind those of a walk. From TAU on they are float64.
 NOISE, TAU, LOW, HIGH = range(FIELDS, FIELDS + 4)
@@ -51,21 +50,10 @@ def _sigmoids(out: Any, logits: Any, noise: Any, count: Any, rate: Any) -> None:
     s, x = carray(pointer(out), (count,), f32), carray(pointer(logits), (count,), f32)
     n = carray(pointer(noise), (count,), f32)
     for j in range(count):
-        t = x[j]
-        t = _BOUND if t > _BOUND else t
-        t = -_BOUND if t < -_BOUND else t
-        t = (t + n[j]) * rate
+        t = (held(x[j]) + n[j]) * rate
         t = _SHARPEST if t > _SHARPEST else t
         t = -_SHARPEST if t < -_SHARPEST else t
-        y = -t * _LOG2_E
-        z = y + _ROUNDER
-        f = y - (z - _ROUNDER)
-        q = _C5 * f + _C4
-        q = q * f + _C3
-        q = q * f + _C2
-        q = q * f + _C1
-        q = q * f + _C0
-        s[j] = f32(1.0) / (f32(1.0) + as_float(i32(as_word(q) + i32(as_word(z) << i32(23)))))
+        s[j] = f32(1.0) / (f32(1.0) + exp_of(-t))
 
 
 @loop(*[INT] * 4)
