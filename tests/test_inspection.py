@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from sublens.answers import Answer, Bars, Histogram, Spread
 from sublens.errors import FileError, MismatchError, NonFiniteError, SettingError, StudyError
-from sublens.inspection import default_folder, inspect, inspecting
+from sublens.inspection import default_folder, inspect, inspecting, judging
 from sublens.inspection import network as network_module
 from sublens.mask import Mask
 from sublens.masked_network import MaskedNetwork
@@ -559,6 +559,27 @@ def test_what_a_task_excludes_is_measured_and_judged(tmp_path: Path) -> None:
     assert (
         "low holds back" in result["verdict"]["reuse"]["because"] or "low mask" in result["verdict"]["reuse"]["because"]
     )
+
+
+def test_random_masks_beside_what_is_excluded_keep_whole_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Mask] = []
+    original = judging.accuracies
+
+    def watched(net: nn.Module, metrics: Any, mask: Mask | None = None) -> dict[str, float]:
+        drawn.extend([mask] if mask is not None else [])
+        return original(net, metrics, mask)
+
+    monkeypatch.setattr(judging, "accuracies", watched)
+    low, high = task("low", [0, 1]), task("high", [2, 3])
+    study = make_study(tasks=[dataclasses.replace(low, left_out=high.metric)], repeated=[], groups="row")
+    run(tmp_path / "run", study)
+    assert len(drawn) == 12  # ten random ones, the control's, and the task's
+    for mask in drawn:
+        for name in mask:
+            rows = mask[name].flatten(1)
+            assert torch.equal(rows.all(1), rows.any(1)), name
 
 
 def test_what_excludes_must_be_a_function() -> None:

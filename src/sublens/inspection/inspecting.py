@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import sublens
-from sublens.analysis import Excluded, accuracies, gather, interrogate, judge, measuring, overlap, retention
+from sublens.analysis import accuracies, interrogate, measuring, overlap
 from sublens.answers import Answer
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
@@ -23,6 +23,7 @@ from sublens.fit.batches import random_state_kept, seed_torch
 from sublens.fit.settings import Record
 from sublens.groups import check_groups, group
 from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
+from sublens.inspection.judging import excluded_by, verdict_on
 from sublens.inspection.network import load_network, prepared, save_network, train_network
 from sublens.inspection.together import train_together
 from sublens.mask import Mask
@@ -30,7 +31,6 @@ from sublens.questions import Found, ask, keep_histogram, unsure_share
 from sublens.selection import Where, match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
 
-_DRAWS = 10  # random masks beside what a task excludes: of one class such a mask recognises all or nothing
 CHECKPOINT_EVERY = 1000
 _PACKAGES = ("torch", "numba", "numpy", "safetensors")
 
@@ -322,9 +322,9 @@ def _answers(
         answers["confusion"] = {"network": _confusion(study, net, None)}
         answers["confusion"] |= {name: _confusion(study, networks[name], mask) for name, mask in asked.items()}
     unsure = {name: unsure_share(counts) for name, counts in keep_probabilities.items()}
-    if excluded := _excluded(study, networks, masks, seed):
+    if excluded := excluded_by(study, networks, masks, groupings, seed):
         answers["excluded"] = excluded
-    answers["verdict"] = _verdict(study, placed, answers, unsure, seed)
+    answers["verdict"] = verdict_on(study, placed, answers, unsure, seed)
     everything = Asked(network=net, masks=masks, metrics=metrics, study=study, seed=seed, networks=networks)
     if study.together is None:  # else each mask has another network, and these questions are asked of one
         found = Found(
@@ -338,70 +338,6 @@ def _answers(
     if study.questions:
         answers["answers"] = _asked_questions(everything)
     return answers
-
-
-def _verdict(
-    study: Study, masks: dict[str, Mask], answers: dict[str, Any], unsure: dict[str, float], seed: int
-) -> dict[str, Any]:
-    """Judge the paper's two properties; the rule stands in ``sublens.analysis.verdict``."""
-    functions = {task.name: task.name for task in study.tasks} if study.functions is None else study.functions
-    layers = None if study.compared is None else match_names(study.compared, masks[study.control.name].names)
-    evidence = gather(
-        functions,
-        masks,
-        {name: masks[repeat_of(name)] for name in study.repeated},
-        {name: entry["accuracy"] for name, entry in answers["masks"].items()},
-        answers["network"]["accuracy"],
-        {
-            name: {task: band["mean"] for task, band in entry.get("random_accuracy", {}).items()}
-            for name, entry in answers["masks"].items()
-        },
-        unsure=unsure,
-        layers=layers,
-        seed=seed_from(seed, "verdict") % 2**32,
-    )
-    return judge(evidence, [_evidence_of(found, answers, unsure) for found in answers.get("excluded", [])])
-
-
-def _excluded(study: Study, networks: dict[str, nn.Module], masks: dict[str, Mask], seed: int) -> list[dict[str, Any]]:
-    """Measure what each task's training excludes: whole, under the control mask, the task's own, and random ones."""
-    found: list[dict[str, Any]] = []
-    for task in study.tasks:
-        for kind, metric in (("held_back", task.held_back), ("left_out", task.left_out)):
-            if metric is None:
-                continue
-            net, mask, metrics = networks[task.name], masks[task.name], {"it": metric}
-            drawn = [
-                accuracies(net, metrics, Mask.random_like(mask, seed_from(seed, task.name, kind, draw)))["it"]
-                for draw in range(_DRAWS if study.random_masks else 0)
-            ]
-            found.append(
-                {
-                    "task": task.name,
-                    "kind": kind,
-                    "network": accuracies(net, metrics)["it"],
-                    "control": accuracies(net, metrics, masks[study.control.name])["it"],
-                    "mask": accuracies(net, metrics, mask)["it"],
-                }
-            )
-            if drawn:
-                found[-1]["random"] = {"mean": sum(drawn) / len(drawn), "low": min(drawn), "high": max(drawn)}
-    return found
-
-
-def _evidence_of(found: dict[str, Any], answers: dict[str, Any], unsure: dict[str, float]) -> Excluded:
-    name, held_back = found["task"], found["kind"] == "held_back"
-    chance = found.get("random", {}).get("mean", 0.0) if held_back else 0.0
-    under = answers["masks"][name]
-    own_chance = under.get("random_accuracy", {}).get(name, {}).get("mean", 0.0)
-    return Excluded(
-        task=name,
-        same_function=held_back,
-        own=retention(under["accuracy"][name], answers["network"]["accuracy"][name], own_chance),
-        control=retention(found["control"], found["network"], chance),
-        left=retention(found["mask"], found["control"], chance),
-        unsure=unsure.get(name),
-    )
 
 
 def _asked_questions(asked: Asked) -> dict[str, Any]:
