@@ -111,6 +111,8 @@ def test_default_optimizer_goes_on_from_the_state_of_adam_and_back(network: nn.M
             assert own.takes()
             assert own.norms([0.25]).item() == pytest.approx((gradient.double() + 0.25).norm().item(), rel=1e-5)
             own.update([0.25], 0.5)
+        # Also after a step that is not its own, whatever it remembers.
+        assert own.totals() == [pytest.approx(logits.double().sum().item(), abs=1e-5 * logits.abs().sum().item())]
         if step == 3:
             state = own.state_dict()
             own = Adam([logits], lr=1e-2)
@@ -118,6 +120,24 @@ def test_default_optimizer_goes_on_from_the_state_of_adam_and_back(network: nn.M
     torch.testing.assert_close(logits, other, rtol=0, atol=1e-6)
     assert own.state_dict()["state"].keys() == torchs.state_dict()["state"].keys()
     assert own.state_dict()["state"][0].keys() == torchs.state_dict()["state"][0].keys()
+
+
+def test_an_update_keeps_logits_within_their_bound_and_the_next_call_believes_it(network: nn.Module) -> None:
+    logits = nn.Parameter(torch.tensor([-9.99, 9.99, 9.99, 0.0]))
+    logits.grad = torch.tensor([1.0, -1.0, float("nan"), 1.0])
+    own = Adam([logits], lr=0.5)
+    own.update([0.0], 1.0)
+    assert logits[:2].tolist() == [-10, 10]
+    assert logits[2].isnan()
+    assert logits[3].item() == pytest.approx(-0.5)
+    masked = sl.MaskedNetwork(network)
+    (layer, *_) = masked.logits.values()
+    for outside in (50.0, -50.0):  # not believed of what has changed since
+        with torch.no_grad():
+            layer[0, 0] = outside
+        masked(torch.ones(4, 6))
+        assert layer[0, 0].item() == (10 if outside > 0 else -10)
+        masked.trust_bound()
 
 
 def test_an_update_is_seen_by_autograd() -> None:

@@ -589,6 +589,19 @@ def test_penalty_of_logits_cannot_run_away() -> None:
     assert float(loss.detach()) == -LOGIT_BOUND * (6 * 8 + 8 * 3)
 
 
+def test_a_fused_optimizer_which_counts_no_versions_is_noticed() -> None:
+    masked = sl.MaskedNetwork(mlp())
+    optimizer = torch.optim.Adam(masked.parameters(), lr=4.0, fused=True)
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = masked(normal(8, 6)).sum() * 0 + masked.penalty(1.0)
+        assert all(bool((logits.detach().abs() <= LOGIT_BOUND).all()) for logits in masked.parameters())
+        loss.backward()
+        optimizer.step()
+        exact = sum(float(logits.detach().double().sum()) for logits in masked.parameters())
+        assert float(masked.penalty(1.0).detach()) == pytest.approx(exact, rel=1e-5)
+
+
 def test_expected_penalty_is_the_sum_of_keep_probabilities() -> None:
     masked = sl.MaskedNetwork(mlp())
     spread_logits(masked)

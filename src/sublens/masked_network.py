@@ -116,14 +116,16 @@ class MaskedNetwork(nn.Module):
         self._penalised = False  # whether the penalty needs the sums of logits
         self._sums: dict[str, tuple[Tensor, int]] | None = None
         self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
+        self._bounded: list[int] | None = None  # versions of the logits that are known to lie within their bound
         self.logits_tree = nn.Module()
+        self._places: dict[str, tuple[nn.Module, str]] = {}  # of the logits in that tree
         parameters = dict(network.named_parameters())
         for name, grouping in self._groupings.items():
             if grouping.owner != name:
                 continue
             logits = torch.full(grouping.grid, start, dtype=torch.float32, device=parameters[name].device)
             logits = self.gate.start(logits, Draw(seed, 0, 0, self._ids[name]))
-            _plant(self.logits_tree, name, nn.Parameter(logits))
+            self._places[name] = _plant(self.logits_tree, name, nn.Parameter(logits))
 
     @property
     def network(self) -> nn.Module:
@@ -136,7 +138,7 @@ class MaskedNetwork(nn.Module):
 
         Parameters that share logits have one entry, under the first one's name.
         """
-        return dict(self.logits_tree.named_parameters())
+        return {name: getattr(module, last) for name, (module, last) in self._places.items()}
 
     @property
     def groupings(self) -> dict[str, Grouping]:
@@ -217,9 +219,26 @@ class MaskedNetwork(nn.Module):
             return None
         return dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(self.logits, alpha)
 
+    def trust_bound(self) -> None:
+        """Take it that the logits lie within their bound as they are now, so that the next training call need not look."""
+        self._bounded = self._versions()
+
+    def _versions(self) -> list[int] | None:
+        logits = self.logits.values()
+        # Tensors made in inference mode count no versions.
+        return None if any(each.is_inference() for each in logits) else [each._version for each in logits]
+
     def _summed(self) -> dict[str, tuple[Tensor, int]]:
         """Sum and version of each parameter's logits."""
-        return {name: (logits.sum(), logits._version) for name, logits in self.logits.items()}
+        sums = {name: (logits.sum(), logits._version) for name, logits in self.logits.items()}
+        for total, _ in sums.values():
+            if total.requires_grad:
+                total.register_hook(self._forget_sums)
+        return sums
+
+    def _forget_sums(self, gradient: Tensor) -> None:
+        # After a backward pass comes a step, and PyTorch's fused optimizers count no versions.
+        self._sums = None
 
     def _sums_now(self) -> dict[str, tuple[Tensor, int]]:
         # Those of the last training call, if nothing has changed since. They stand before that call in the graph, so
@@ -242,10 +261,12 @@ class MaskedNetwork(nn.Module):
             kept = {name: binarise(decision) for name, decision in self.decisions().items()}
             around = partial(recomputation.covered, self.network, again={})
             return self._call(lambda name, w: self._masked_by(kept, name, w), args, kwargs, around)
-        with torch.no_grad():
-            for logits in self.logits.values():
-                # Through .data: values within the bound do not change, so graphs of earlier calls stay valid.
-                logits.data.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+        if self._bounded is None or self._versions() != self._bounded:
+            with torch.no_grad():
+                for logits in self.logits.values():
+                    # Through .data: values within the bound do not change, so graphs of earlier calls stay valid.
+                    logits.data.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+        self._bounded = None  # for one call: PyTorch's fused optimizers count no versions
         self._sums = self._summed() if self._penalised and torch.is_grad_enabled() else None
         step, self.step = self.step, self.step + 1
         if self._seen_a_gradient:
@@ -539,10 +560,13 @@ def initial_logit(keep: float) -> float:
     return logit
 
 
-def _plant(tree: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _plant(tree: nn.Module, name: str, parameter: nn.Parameter) -> tuple[nn.Module, str]:
     """Put a parameter under its dotted name into a tree of empty modules, where names never collide as joined ones can.
 
     The modules are plain ones, so every name that a network's own modules and parameters can have is free.
+
+    Returns:
+        The module that holds it, and its name there.
     """
     *path, last = name.split(".")
     for part in path:
@@ -550,6 +574,7 @@ def _plant(tree: nn.Module, name: str, parameter: nn.Parameter) -> None:
             tree.add_module(part, nn.Module())
         tree = tree.get_submodule(part)
     tree.register_parameter(last, parameter)
+    return tree, last
 
 
 class _Gated(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +69,13 @@ def describe_optimizer(optimizer: Optimizer) -> str:
 class Adam(torch.optim.Adam):
     """PyTorch's fused Adam, which can also take a whole update of the logits in two passes over memory.
 
-    Its state is that of ``torch.optim.Adam``, and so are its results, but for rounding.
+    Its state is that of ``torch.optim.Adam``, and so are its results, but for rounding; :meth:`update` also puts the
+    logits back within their bound.
     """
 
     def __init__(self, logits: list[nn.Parameter], lr: float) -> None:
         super().__init__(logits, lr=lr, fused=True)
+        self._totals: dict[int, tuple[int, float]] = {}  # place of a parameter -> its version, and its sum then
 
     def takes(self) -> bool:
         """Whether :meth:`norms` and :meth:`update` can be used: logits and gradients are float32 data on the CPU."""
@@ -88,18 +91,35 @@ class Adam(torch.optim.Adam):
         squares = [cpu.squares(p.grad, constant) for p, constant in zip(parameters, constants, strict=True)]
         return torch.tensor(squares, dtype=torch.float64).sqrt()
 
+    def totals(self) -> list[float]:
+        """Sum of each parameter. Those of the last :meth:`update` are known; only what has changed since is read."""
+        found = []
+        for i, parameter in enumerate(self.param_groups[0]["params"]):
+            version, total = self._totals.get(i, (None, 0.0))
+            if version != parameter._version:
+                total = cpu.total(parameter)
+                self._totals[i] = (parameter._version, total)
+            found.append(total)
+        return found
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """As ``torch.optim.Adam``'s, whose fused step counts no version of what it changes."""
+        self._totals.clear()
+        return super().step(closure)
+
     @torch.no_grad()
     def update(self, constants: Sequence[float], factor: float) -> None:
         """Step with the gradients, each parameter's constant added and then multiplied by ``factor``."""
         (group,) = self.param_groups
-        for parameter, constant in zip(group["params"], constants, strict=True):
+        for i, (parameter, constant) in enumerate(zip(group["params"], constants, strict=True)):
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["step"] += 1
-            cpu.adam(
+            total = cpu.adam(
                 parameter,
                 parameter.grad,
                 state["exp_avg"],
@@ -112,6 +132,7 @@ class Adam(torch.optim.Adam):
                 factor=factor,
             )
             torch._C._increment_version([parameter])
+            self._totals[i] = (parameter._version, total)
 
 
 def _adam(parameters: list[nn.Parameter], lr: float) -> Optimizer:

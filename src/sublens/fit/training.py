@@ -286,7 +286,7 @@ def update(
     """
     slopes = masked.penalty_slopes(alpha, settings.penalty)
     if slopes is not None and isinstance(optimizer, Adam) and optimizer.takes():
-        return _update_in_two_passes(masked, optimizer, settings, alpha, list(slopes.values()))
+        return _update_in_two_passes(masked, optimizer, settings, list(slopes.values()))
     value = 0.0
     if alpha:
         penalty = masked.penalty(alpha, kind=settings.penalty)
@@ -310,19 +310,19 @@ def update(
 
 
 def _update_in_two_passes(
-    masked: MaskedNetwork,
-    optimizer: Adam,
-    settings: Settings,
-    alpha: float | dict[str, float],
-    constants: list[float],
+    masked: MaskedNetwork, optimizer: Adam, settings: Settings, constants: list[float]
 ) -> tuple[float, float, str | None]:
-    """The same where the penalty's gradient is a constant: it is added while the gradients are read anyway."""
-    value = masked.penalty(alpha, kind=settings.penalty).item() if alpha else 0.0
+    """The same where the penalty's gradient is a constant for each parameter, and the penalty that times its sum.
+
+    The constants are added while the gradients are read anyway, and the sums come from the last update.
+    """
+    value = sum(a * b for a, b in zip(constants, optimizer.totals(), strict=True)) if any(constants) else 0.0
     norms = optimizer.norms(constants)
     norm = torch.linalg.vector_norm(norms).item()
     if not math.isfinite(norm):
         return value, norm, list(masked.logits)[int(torch.nan_to_num(norms, nan=math.inf).argmax())]
     optimizer.update(constants, _clipping(settings, norm))
+    masked.trust_bound()
     return value, norm, None
 
 

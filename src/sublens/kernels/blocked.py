@@ -18,13 +18,11 @@ from torch import Tensor
 from sublens.kernels import cpu, reference, threads
 from sublens.noise import Draw
 
-_VECTOR, _LONGEST = 8, 32  # rows of a piece: a multiple of the first, at most the second
-
-
 def pieces(rows: int) -> tuple[int, int]:
-    """Into how many pieces of which length a chunk of that many rows is cut, so that few places stay empty."""
-    count = math.ceil(rows / _LONGEST)
-    return count, _VECTOR * math.ceil(rows / count / _VECTOR)
+    """Into how many pieces of which length a chunk of that many rows is cut: whole registers, few places empty."""
+    loops = cpu.compiled("linear_loops")
+    count = math.ceil(rows / loops.LONGEST)
+    return count, loops.REGISTER * math.ceil(rows / count / loops.REGISTER)
 
 
 @functools.cache

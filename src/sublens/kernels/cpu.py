@@ -223,11 +223,22 @@ def squares(gradient: Tensor, constant: float) -> float:
         the sum, to some 1e-5 of it. It is the same for any number of threads.
     """
     updates = compiled("updates")
-    sums = np.zeros(-(-gradient.numel() // updates.CHUNK))
+    sums = np.empty(-(-gradient.numel() // updates.CHUNK))
     p = np.zeros(updates.UPDATE_FIELDS, np.int64)
     p[updates.SLOPES], p[updates.SIZE], p[updates.SUMS] = gradient.data_ptr(), gradient.numel(), sums.ctypes.data
     p.view(np.float64)[updates.CONSTANT] = constant
     threads.run(updates.squares.address, p.ctypes.data, parallel=gradient.numel() >= _SMALL)
+    return float(sums.sum())
+
+
+@threads.untraced
+def total(values: Tensor) -> float:
+    """Sum of contiguous float32 numbers, to some 1e-5 of that of their sizes; the same for any number of threads."""
+    updates = compiled("updates")
+    sums = np.empty(-(-values.numel() // updates.CHUNK))
+    p = np.zeros(updates.UPDATE_FIELDS, np.int64)
+    p[updates.VALUES], p[updates.SIZE], p[updates.SUMS] = values.data_ptr(), values.numel(), sums.ctypes.data
+    threads.run(updates.sums.address, p.ctypes.data, parallel=values.numel() >= _SMALL)
     return float(sums.sum())
 
 
@@ -244,8 +255,10 @@ def adam(
     epsilon: float,
     constant: float,
     factor: float,
-) -> None:
+) -> float:
     """One step of Adam (Kingma and Ba, 2015, algorithm 1), in place, for the gradient ``(gradient + constant) factor``.
+
+    What is trained are logits: they are put back within their bound of -10 to 10.
 
     Args:
         values: what is trained; contiguous float32.
@@ -258,14 +271,19 @@ def adam(
         epsilon: added to the root of the second.
         constant: added to each number of the gradient.
         factor: what the sum is multiplied by.
+
+    Returns:
+        The new values' :func:`total`.
     """
     updates = compiled("updates")
+    sums = np.empty(-(-values.numel() // updates.CHUNK))
     p = np.zeros(updates.UPDATE_FIELDS, np.int64)
     p[updates.VALUES], p[updates.SLOPES] = values.data_ptr(), gradient.data_ptr()
     p[updates.MEANS], p[updates.MEAN_SQUARES] = mean.data_ptr(), mean_square.data_ptr()
-    p[updates.SIZE] = values.numel()
+    p[updates.SIZE], p[updates.SUMS] = values.numel(), sums.ctypes.data
     f = p.view(np.float64)
     f[updates.RATE], f[updates.ROOT] = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
     f[updates.BETA_1], f[updates.BETA_2], f[updates.EPSILON] = *betas, epsilon
     f[updates.CONSTANT], f[updates.FACTOR] = constant, factor
     threads.run(updates.adam.address, p.ctypes.data, parallel=values.numel() >= _SMALL)
+    return float(sums.sum())

@@ -30,7 +30,7 @@ from sublens.kernels.loops import (
     times,
     u16,
 )
-from sublens.kernels.vector import WIDTH, fetch, pointer, product, take, transpose
+from sublens.kernels.vector import REGISTER, WIDTH, fetch, pointer, product, take, transpose
 from sublens.noise import LEVELS, PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables and masked weights, and the sums of the inputs'
@@ -40,6 +40,10 @@ _PITCH = COLUMNS + 16  # of a block's rows: not a power of two, or the rows woul
 _DRAWN = COLUMNS + 2 * TILE  # draws of a row: whole tiles, so more than the row at both ends
 _SLICE, _STRIP = 96, 24  # columns whose masked weights stay in the first-level cache, forward and backward
 PANEL = 32  # columns of the inputs' layout for the weight gradient
+LONGEST = 4 * REGISTER  # rows of a piece at most
+
+# By what the rows of the first operand are apart: a masked block's rows, its columns, and rows of packed gradients.
+_by_rows, _by_columns, _by_pieces = product(_PITCH), product(1), product()
 
 INPUTS, SCRATCH, THREAD, PANELS = 3, 6, 7, 9
 HEIGHT, ACROSS, PIECES, LENGTH, WIDE, WANTS = range(17, 23)
@@ -209,8 +213,8 @@ def _forward(p: Any) -> None:
                         piece = i * pieces + part
                         x = p[INPUTS] + 4 * (piece * across + left + c) * length
                         y = p[GRADIENT] + 4 * (piece * height + top) * length
-                        product(length // WIDTH, rows, scratch + _BLOCK + 4 * c, 1, _PITCH, 0, x, length, 0, y, length,
-                                min(_SLICE, size - c), 1, left + c == 0)  # fmt: skip
+                        _by_rows(length // REGISTER, rows, scratch + _BLOCK + 4 * c, 1, _PITCH, 0, x, length, 0, y,
+                                 length, min(_SLICE, size - c), 1, i64(left + c == 0))  # fmt: skip
                         if left + wide < across:
                             _ahead(top, left + wide, call, calls, rows, p)
                         call += 1
@@ -246,8 +250,8 @@ def _backward(p: Any) -> None:
                     for k in range(i, i + together):
                         g = p[GRADIENT] + 4 * (k * pieces * height + top) * length
                         x = p[PANELS] + 4 * (k * panels + (left + c) // PANEL) * pieces * length * PANEL
-                        product(PANEL // WIDTH, rows, g, 1, length, height * length, x, PANEL, length * PANEL,
-                                tiles + 4 * (k - i) * ROWS * PANEL, PANEL, length, pieces, 1)  # fmt: skip
+                        _by_pieces(PANEL // REGISTER, rows, g, 1, length, height * length, x, PANEL, length * PANEL,
+                                   tiles + 4 * (k - i) * ROWS * PANEL, PANEL, length, pieces, 1)  # fmt: skip
                         if top + ROWS < height:
                             _ahead(top + ROWS, left, call, calls, min(ROWS, height - top - ROWS), p)
                         call += 1
@@ -268,8 +272,8 @@ def _backward(p: Any) -> None:
                                 piece = k * pieces + part
                                 g = p[GRADIENT] + 4 * (piece * height + top) * length
                                 x = p[INPUTS] + 4 * (piece * across + left + c) * length
-                                product(length // WIDTH, min(_STRIP, size - c), scratch + _BLOCK + 4 * c, _PITCH, 1, 0,
-                                        g, length, 0, x, length, rows, 1, top == 0)  # fmt: skip
+                                _by_columns(length // REGISTER, min(_STRIP, size - c), scratch + _BLOCK + 4 * c, _PITCH,
+                                            1, 0, g, length, 0, x, length, rows, 1, i64(top == 0))  # fmt: skip
                 i += together
             for r in range(rows):
                 element = 4 * ((top + r) * across + left)

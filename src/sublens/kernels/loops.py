@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from sublens.kernels.reference import LOG2_E, LOGIT_BOUND, POLYNOMIAL, ROUNDER
-from sublens.kernels.vector import CHAINS, WIDTH, as_float, as_word, draw, limits_and_odds_of, limits_of, pointer, take
+from sublens.kernels.vector import GROUP, as_float, as_word, draw, limits_and_odds_of, limits_of, pointer, take
 from sublens.noise import LEVELS, PATTERNS, TILE
 
 f32, i32, u16, i64 = np.float32, np.int32, np.uint16, np.int64
@@ -67,7 +67,7 @@ def held(x: Any) -> Any:
 @loop(*[INT] * 4)
 def gates(limits: Any, odds: Any, logits: Any, count: Any) -> None:
     """Thresholds of the gates and, unless its address is 0, their odds."""
-    whole = count - count % (CHAINS * WIDTH)
+    whole = count - count % GROUP
     if odds == 0:
         limits_of(limits, 0, logits, whole)
     else:
