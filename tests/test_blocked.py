@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from sublens.kernels import blocked, cpu, reference
 from sublens.noise import Draw
@@ -81,6 +81,30 @@ def test_agrees_for_any_sizes_and_first_sample(samples: int, m: int, width: int,
     assert_agrees(samples, m, width, height, sample_of(DRAW, first))
 
 
+@pytest.mark.parametrize(("samples", "width", "height"), [(1, 70, 53), (3, 1024, 400), (2, 3, 2**19 + 5)])
+def test_agrees_for_long_chunks(samples: int, width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "_LONG", 12)
+    assert_agrees(samples, 13, width, height)
+
+
+@pytest.mark.parametrize("long", [12, 512])
+@pytest.mark.parametrize("width", [64, 65, 130])
+def test_some_rows_have_the_samples_that_they_have_in_the_whole(
+    long: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "_LONG", long)
+    x, weight, logits, gradient = problem(3, 13, width, 150)
+    rows = slice(47, 119)
+    y = blocked.forward(x, weight, logits, DRAW)
+    _, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=False)
+    part = blocked.forward(x, weight[rows], logits[rows], DRAW, 47)
+    _, of_part = blocked.backward(
+        gradient[:, :, rows].contiguous(), x, weight[rows], logits[rows], DRAW, 47, wants_x=False
+    )
+    torch.testing.assert_close(part, y[:, :, rows], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_part, of_logits[rows], rtol=1e-5, atol=1e-5)
+
+
 def test_antithetic_pairs_fold_as_single_samples_do_at_the_bound_of_logits() -> None:
     x, weight, _, gradient = problem(2, 8, 96, 40)
     for logit in (-50.0, -10.0, 10.0, 50.0):
@@ -132,6 +156,27 @@ def test_pieces_hold_all_rows_and_waste_few(rows: int) -> None:
     assert length % register == 0
     assert register <= length <= 4 * register
     assert 0 <= count * length - rows < register * count
+
+
+def test_memory_of_a_gradient_is_used_again_only_when_nobody_holds_it() -> None:
+    weight, x, draw = normal(512, 512, seed=1), normal(1, 8, 512, seed=2), Draw(1, 0, 0, 1)
+    logits = nn.Parameter(torch.zeros(512, 512))
+
+    def gradient(of: float) -> Tensor:
+        return blocked.backward(torch.full((1, 8, 512), of), x, weight, logits, draw, wants_x=False)[1]
+
+    first = gradient(1.0)
+    kept, part = first.clone(), first[3:]  # a view holds the memory too
+    where = first.data_ptr()
+    del first
+    second = gradient(2.0)
+    assert torch.equal(part, kept[3:])
+    assert torch.equal(second, 2 * kept)  # powers of two are exact
+    del part
+    third = gradient(4.0)
+    assert third.data_ptr() == where
+    assert torch.equal(second, 2 * kept)
+    assert torch.equal(third, 4 * kept)
 
 
 def test_fused_loops_are_trusted_only_where_they_give_the_reference() -> None:

@@ -271,6 +271,88 @@ def test_on_trial_a_network_gives_what_the_general_route_gives(
         torch.testing.assert_close(of_x, of_x_too)
 
 
+class Attending(nn.Module):
+    """Attention to itself, to another sequence, or to two of them."""
+
+    def __init__(self, what: str, batch_first: bool = True, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.what, self.batch_first = what, batch_first
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, **settings)
+        self.output = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        own = x.shape[-1] == 8
+        key = x if self.what == "itself" else x.flip(-1) if own else x
+        value = key if self.what != "two others" else torch.tanh(x)
+        y, weights = self.attention(x, key, value, need_weights=self.what == "two others")
+        y = y if self.batch_first else y.transpose(0, 1)
+        return self.output(y).sum(2) + (0 if weights is None else weights.square().sum(2))  # type: ignore[no-any-return]
+
+
+def decoding() -> nn.Module:
+    class Decoding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.transformer = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = nn.Transformer.generate_square_subsequent_mask(3)
+            return self.transformer(x, x[:, 1:4], tgt_mask=mask, tgt_is_causal=True)  # type: ignore[no-any-return]
+
+    return Decoding()
+
+
+ATTENDING: dict[str, Callable[[], nn.Module]] = {
+    "itself": lambda: Attending("itself"),
+    "itself, batch second": lambda: Attending("itself", batch_first=False, bias=False),
+    "another": lambda: Attending("another", add_bias_kv=True),
+    "two others": lambda: Attending("two others", batch_first=False),
+    "weights apart": lambda: Attending("two others", kdim=8, vdim=8, add_zero_attn=True),
+    "Transformer": decoding,
+}
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("name", ATTENDING)
+def test_attention_goes_the_linear_route_and_gives_what_the_general_one_gives(
+    name: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = ATTENDING[name]().eval()
+    if name == "weights apart":  # equal sizes would pack them
+        attention = network.attention
+        assert isinstance(attention, nn.MultiheadAttention)
+        attention._qkv_same_embed_dim = False
+        for part, rows in zip(("q", "k", "v"), attention.in_proj_weight.detach().chunk(3), strict=True):
+            attention.register_parameter(f"{part}_proj_weight", nn.Parameter(rows.clone()))
+        attention.register_parameter("in_proj_weight", None)
+    xs = [torch.randn(8, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    taken = []
+    plain = linear_route._linear
+    monkeypatch.setattr(linear_route, "_linear", lambda *args: (taken.append(args[1].chunks), plain(*args))[1])
+    masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
+    found = [run(masked, x) for x in xs]
+    assert set(taken) == {samples}
+    assert not any(masked._general.values())
+    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    before = len(taken)
+    masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
+    for one, general in zip(found, [run(masked, x) for x in xs], strict=True):
+        torch.testing.assert_close(one[0], general[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one[1], general[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one[2], general[2], rtol=1e-4, atol=1e-5)
+    assert len(taken) == before
+
+
+def test_attention_without_a_batch_takes_the_general_route() -> None:
+    masked = sl.MaskedNetwork(Attending("itself").attention, samples=1)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    assert masked(x, x, x)[0].shape == (5, 8)
+    assert all(masked._general.values())
+
+
 def test_a_network_that_begins_to_mix_its_examples_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     xs = inputs(8)
     for x in xs[6:]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sublens as sl
-from sublens import kernels
+from sublens import kernels, linear_route
 from sublens.redrawing import Redrawing
 
 
@@ -51,6 +51,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "convolution": convolutional,
     "tied": Tied,
 }
+
+
+@pytest.fixture(autouse=True)
+def general_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it attention would go the linear route."""
+    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
 
 
 def inputs() -> Tensor:

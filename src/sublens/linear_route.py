@@ -11,9 +11,11 @@ sees one chunk; that costs some milliseconds a call. Where vmap does not take th
 the whole batch, if chunks are seen to give the same outputs (``MaskedNetwork``).
 """
 
+import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -31,6 +33,17 @@ class NotLinearError(Exception):
     """A masked weight was used otherwise than by a linear layer; the general route takes over."""
 
 
+_LINEAR = {
+    (nn.Linear, "weight"),
+    (nn.modules.linear.NonDynamicallyQuantizableLinear, "weight"),  # of nn.MultiheadAttention
+    (nn.MultiheadAttention, "in_proj_weight"),
+    (nn.MultiheadAttention, "q_proj_weight"),
+    (nn.MultiheadAttention, "k_proj_weight"),
+    (nn.MultiheadAttention, "v_proj_weight"),
+}
+"""Which parameters of which modules are used by ``torch.nn.functional.linear`` and nothing else."""
+
+
 def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> bool:
     """Whether all masked parameters are float32 CPU weights of ``nn.Linear``, used nowhere else, under a fused gate."""
     if not (gate.fused and kernels.fused() and blocked.agrees()) or is_compiled(network):
@@ -43,7 +56,7 @@ def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> boo
     return all(
         cpu.applies(parameter, scores)
         and parameter.is_contiguous()
-        and all(type(module) is nn.Linear and own == "weight" for module, own in owners[id(parameter)])
+        and all((type(module), own) in _LINEAR for module, own in owners[id(parameter)])
         for parameter, scores in ((parameters[name], scores) for name, scores in logits.items())
     )
 
@@ -76,6 +89,11 @@ def per_example(network: nn.Module) -> bool:
     return type(network) is nn.Sequential and acts_alone(network)
 
 
+def vectorised(network: nn.Module) -> bool:
+    """Whether :func:`torch.func.vmap` takes the network without loops over chunks: it has no rule for attention."""
+    return not any(isinstance(module, nn.MultiheadAttention) for module in network.modules())
+
+
 def watched(network: nn.Module) -> bool:
     """Whether hooks watch a part of the network: they would see calls that serve to compare two routes."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
@@ -93,6 +111,17 @@ class _Source:
     weight: Tensor
     draw: Draw
     chunks: int
+    first: int = 0  # row of the parameter at which logits and weight begin
+    examples: int = 0  # number of examples, where they are not in the first dimension but the last but one
+
+    def rows(self, sizes: int | Sequence[int]) -> "list[_Source]":
+        """Parts of so many rows each, as ``torch.split`` makes them."""
+        parts = zip(self.logits.split(sizes), self.weight.split(sizes), strict=True)  # type: ignore[arg-type]
+        found, first = [], self.first
+        for logits, weight in parts:
+            found.append(replace(self, logits=logits, weight=weight, first=first))
+            first += len(weight)
+        return found
 
 
 class GatedWeight(Tensor):
@@ -110,8 +139,13 @@ class GatedWeight(Tensor):
             chunks: number K of chunks that lie one after the other in the first dimension of the inputs, or 0 where
                 there is a dimension of chunks under :func:`torch.func.vmap`.
         """
+        return cls._of(_Source(logits, weight, draw, chunks))
+
+    @classmethod
+    def _of(cls, source: _Source) -> "GatedWeight":
+        weight = source.weight
         made = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
-        made.source = _Source(logits, weight, draw, chunks)
+        made.source = source
         return made
 
     @classmethod
@@ -122,14 +156,42 @@ class GatedWeight(Tensor):
             if isinstance(weight, GatedWeight) and not isinstance(x, GatedWeight):
                 y = _linear(x, weight.source)
                 return y if bias is None else y + bias
+        if func is nn.functional.multi_head_attention_forward:
+            return cls._attention(args, kwargs)
+        if func in (Tensor.split, Tensor.chunk) and len(args) == 2 and kwargs in ({}, {"dim": 0}):
+            # Attention to another sequence multiplies some rows of its weight with that one.
+            source, given = args[0].source, args[1]
+            sizes = math.ceil(len(source.weight) / given) if func is Tensor.chunk else given
+            return tuple(cls._of(part) for part in source.rows(sizes))
         if getattr(func, "__name__", "") == "__get__":  # .shape, .dtype, .device, ...
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         raise NotLinearError(getattr(func, "__name__", str(func)))
 
     @classmethod
+    def _attention(cls, args: Any, kwargs: Any) -> Any:
+        query = args[0]
+        if query.dim() != 3:
+            raise NotLinearError("attention without a batch")
+
+        def known(argument: Any) -> Any:
+            # In attention the second dimension is the batch's.
+            is_weight = type(argument) is GatedWeight
+            return cls._of(replace(argument.source, examples=query.shape[1])) if is_weight else argument
+
+        return _attention(*map(known, args), **{name: known(argument) for name, argument in kwargs.items()})
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotLinearError(str(func))
+
+
+# Attention multiplies with its weights by ``linear``, once it has found that none of them has other ideas.
+_attention = FunctionType(
+    nn.functional.multi_head_attention_forward.__code__,
+    {**vars(nn.functional), "has_torch_function": lambda tensors: False},
+    argdefs=nn.functional.multi_head_attention_forward.__defaults__,
+)
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
@@ -137,11 +199,16 @@ def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, A
 
 
 def _linear(x: Tensor, source: _Source) -> Tensor:
-    parts = (source.logits, source.weight, source.draw)
+    parts = (source.logits, source.weight, source.draw, source.first)
     if source.chunks == 0:
         return _Linear.apply(x, *parts)  # type: ignore[no-any-return]
     if x.dtype != torch.float32 or x.numel() == 0:
         raise NotLinearError(f"an input of {x.dtype} and shape {tuple(x.shape)}")
+    if source.chunks > 1 and source.examples:
+        if source.examples % source.chunks:
+            raise NotLinearError(f"{source.examples} examples for {source.chunks} chunks")
+        chunked = x.reshape(-1, source.chunks, source.examples // source.chunks, x.shape[-1]).movedim(1, 0)
+        return _LinearOfSamples.apply(chunked, *parts).movedim(0, 1).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
     chunked = x.unsqueeze(0) if source.chunks == 1 else x.unflatten(0, (source.chunks, -1))
     y: Tensor = _LinearOfSamples.apply(chunked, *parts)
     return y.squeeze(0) if source.chunks == 1 else y.flatten(0, 1)
@@ -151,7 +218,7 @@ class _Linear(torch.autograd.Function):
     """Seen by one chunk under vmap; the work is done by the vmap rule, for all chunks."""
 
     @staticmethod
-    def forward(x: Tensor, logits: Tensor, weight: Tensor, draw: Draw) -> Tensor:
+    def forward(x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int) -> Tensor:
         raise NotLinearError("an input that does not depend on the batch")
 
     @staticmethod
@@ -159,28 +226,28 @@ class _Linear(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw) -> tuple[Tensor, int]:
-        return _LinearOfSamples.apply(x.movedim(in_dims[0], 0), logits, weight, draw), 0
+    def vmap(info: Any, in_dims: Any, x: Tensor, *parts: Any) -> tuple[Tensor, int]:
+        return _LinearOfSamples.apply(x.movedim(in_dims[0], 0), *parts), 0
 
 
 class _LinearOfSamples(torch.autograd.Function):
     """(K, ..., in) inputs under K samples. Keeps inputs, logits and weight for the backward pass, no sample."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int) -> Tensor:
         flat = x.reshape(x.shape[0], -1, x.shape[-1]).contiguous()
         ctx.save_for_backward(flat, logits, weight)
-        ctx.draw, ctx.shape = draw, x.shape  # type: ignore[attr-defined]
-        y = blocked.forward(flat, weight, logits.detach(), draw)
+        ctx.draw, ctx.first, ctx.shape = draw, first, x.shape  # type: ignore[attr-defined]
+        y = blocked.forward(flat, weight, logits.detach(), draw, first)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         x, logits, weight = ctx.saved_tensors
         flat = gradient.reshape(x.shape[0], -1, weight.shape[0]).contiguous()
         wants = ctx.needs_input_grad[0]
-        of_x, of_logits = blocked.backward(flat, x, weight, logits.detach(), ctx.draw, wants_x=wants)
-        return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None
+        of_x, of_logits = blocked.backward(flat, x, weight, logits, ctx.draw, ctx.first, wants_x=wants)
+        return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None, None
 
 
 def over_chunks(call: Callable[..., Any], batch: Batch, chunks: int, *, copy: bool) -> list[Any]:

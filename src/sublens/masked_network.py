@@ -399,7 +399,7 @@ class MaskedNetwork(nn.Module):
 
     def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
         """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
-        if batch.size % self.samples:
+        if batch.size % self.samples or not linear_route.vectorised(self.network):
             return None
 
         def call(copy: bool) -> Any:

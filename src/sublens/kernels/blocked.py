@@ -1,22 +1,27 @@
 """Linear layers under K samples at once, block of weights by block of weights.
 
-A masked weight never goes to main memory: a block is masked for each sample into a scratch that fits the cache, and is
+A masked weight never stands in main memory: a block is masked for each sample into a scratch that fits the cache, and is
 multiplied there. The backward pass redraws the same samples, and folds the K weight gradients of a block into the
 logits' gradient while they are in the cache. The products are our own (:func:`sublens.kernels.vector.product`),
-because a library's product first copies the weight into a layout of its own, which costs as much as masking it.
+because a library's product first copies the weight into a layout of its own, which costs as much as masking it. Where
+a chunk has so many rows that this no longer matters, the library's product multiplies larger blocks.
 
 Shapes: K samples, m rows in each sample's chunk, the weight is (out, in).
 """
 
 import functools
 import math
+import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sublens.kernels import cpu, reference, threads
 from sublens.noise import Draw
+
 
 def pieces(rows: int) -> tuple[int, int]:
     """Into how many pieces of which length a chunk of that many rows is cut: whole registers, few places empty."""
@@ -39,7 +44,7 @@ def agrees() -> bool:
 
 
 @threads.untraced
-def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 0) -> Tensor:
     """Each sample's inputs times its masked weight, transposed.
 
     Args:
@@ -47,15 +52,18 @@ def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         weight: (out, in) float32, contiguous.
         logits: as ``weight``.
         draw: names sample 0 of K.
+        first: row of the parameter that is the first of ``weight``, if that is not the whole parameter.
 
     Returns:
         (K, m, out) float32.
     """
     samples, m, _ = x.shape
     height = weight.shape[0]
+    if m >= _LONG:
+        return _forward_long(x, weight, logits, draw, first)
     loops = cpu.compiled("linear_loops")
     packed, sums = _packed(x), x.new_empty(_packed_numbers(x, height))
-    p = _fields(x, weight, logits, draw)
+    p = _fields(x, weight, logits, draw, first)
     p[loops.INPUTS], p[loops.GRADIENT] = packed.data_ptr(), sums.data_ptr()
     p[loops.WIDE] = loops.COLUMNS
     _run(loops.forward, p, x, weight)
@@ -64,7 +72,7 @@ def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
 
 @threads.untraced
 def backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, *, wants_x: bool
+    gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 0, *, wants_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of :func:`forward`, for the same draw.
 
@@ -72,21 +80,24 @@ def backward(
         gradient: (K, m, out) float32, contiguous.
         x: as in the forward pass.
         weight: likewise.
-        logits: likewise.
+        logits: likewise. Memory of its gradient is used again when that one is no longer in use.
         draw: likewise.
+        first: likewise.
         wants_x: whether the inputs' gradient is wanted.
 
     Returns:
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
     """
     samples, m, width = x.shape
+    if m >= _LONG:
+        return _backward_long(gradient, x, weight, logits, draw, first, wants_x)
     loops = cpu.compiled("linear_loops")
     count, length = pieces(m)
     panels = x.new_empty(samples * math.ceil(width / loops.PANEL) * count * length * loops.PANEL)
     _pack(loops.panels, x, panels, x.shape)
-    packed, of_logits = _packed(gradient), torch.empty_like(logits)
+    packed, of_logits = _packed(gradient), _for_gradient(logits)
     of_x = x.new_empty(_packed_numbers(x, width)) if wants_x else None
-    p = _fields(x, weight, logits, draw)
+    p = _fields(x, weight, logits, draw, first)
     p[loops.GRADIENT], p[loops.RESULT] = packed.data_ptr(), of_logits.data_ptr()
     p[loops.PANELS], p[loops.INPUTS] = panels.data_ptr(), 0 if of_x is None else of_x.data_ptr()
     p[loops.WANTS] = wants_x
@@ -97,12 +108,74 @@ def backward(
     return None if of_x is None else _unpacked(of_x, samples, m, width), of_logits
 
 
-def _fields(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> np.ndarray:
+_LONG = 512
+"""Rows of a chunk from which on the library's product is faster, for 256 and 1024 columns alike."""
+_BLOCK = 2**20  # masked weights that it is given at a time
+
+
+def _blocks(samples: int, weight: Tensor) -> Iterator[slice]:
+    height, width = weight.shape
+    rows = max(1, _BLOCK // (samples * width))
+    for top in range(0, height, rows):
+        yield slice(top, min(top + rows, height))
+
+
+def _forward_long(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int) -> Tensor:
+    samples, m, width = x.shape
+    y = x.new_empty(samples, m, weight.shape[0])
+    for rows in _blocks(samples, weight):
+        masked = x.new_empty(samples, rows.stop - rows.start, width)
+        where = {"begin": rows.start * width, "before": first * width}
+        cpu.walk(weight, logits, draw, masked=masked, samples=samples, **where)
+        for k in range(samples):
+            torch.mm(x[k], masked[k].T, out=y[k, :, rows])
+    return y
+
+
+def _backward_long(
+    gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, wants_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    samples, _, width = x.shape
+    of_x, of_logits = torch.zeros_like(x) if wants_x else None, _for_gradient(logits)
+    for rows in _blocks(samples, weight):
+        of_weights = torch.stack([gradient[k, :, rows].T @ x[k] for k in range(samples)])
+        masked = torch.empty_like(of_weights) if wants_x else None
+        where = {"begin": rows.start * width, "before": first * width}
+        cpu.walk(
+            weight, logits, draw, masked=masked, gradient=of_weights, result=of_logits[rows], samples=samples, **where
+        )
+        if of_x is not None and masked is not None:
+            for k in range(samples):
+                of_x[k].addmm_(gradient[k, :, rows], masked[k])
+    return of_x, of_logits
+
+
+_LARGE = 2**18  # numbers from which on the allocator gives freed memory back to the system
+_unused: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # logits -> memory of former gradients of theirs
+
+
+def _for_gradient(logits: Tensor) -> Tensor:
+    """Memory for a gradient of these logits.
+
+    Memory of the last one is used again as soon as nobody holds it. Without that it would go back to the system in every
+    step, which clears each page that it hands out: up to a quarter of the time of a backward pass.
+    """
+    if logits.numel() < _LARGE or not logits.is_leaf:
+        return torch.empty_like(logits)
+    unused = _unused.setdefault(logits, [])
+    block = unused.pop() if unused else np.empty(logits.numel(), np.float32)
+    lent = block.view()
+    weakref.finalize(lent, unused.append, block).atexit = False
+    return torch.from_numpy(lent).view(logits.shape)
+
+
+def _fields(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int) -> np.ndarray:
     loops = cpu.compiled("linear_loops")
     p = np.zeros(loops.LINEAR_FIELDS, np.int64)
     p[loops.WEIGHT], p[loops.LOGITS], p[loops.SAMPLES] = weight.data_ptr(), logits.data_ptr(), x.shape[0]
     p[loops.HEIGHT], p[loops.ACROSS] = weight.shape
     p[loops.PIECES], p[loops.LENGTH] = pieces(x.shape[1])
+    p[loops.FIRST] = first
     cpu.name(p, draw)
     return p
 

@@ -97,11 +97,12 @@ def walk(
     result: Tensor | None = None,
     begin: int = 0,
     samples: int = 1,
+    before: int = 0,
 ) -> None:
     """Walk once over a run of elements, for ``samples`` samples from ``draw.sample`` on.
 
     Args:
-        weight: contiguous float32, whole parameter.
+        weight: contiguous float32, whole parameter or its elements from ``before`` on.
         logits: contiguous float32, same number of elements.
         draw: names the first sample.
         masked: written, shape (samples, count, ...) or (count, ...): the masked weights. Contiguous float32.
@@ -109,6 +110,7 @@ def walk(
         result: written, shape (count, ...): gradient of the logits. Contiguous float32.
         begin: first element of the run; the run's length is that of ``masked`` or ``gradient`` over ``samples``.
         samples: number of samples K.
+        before: number of the parameter's elements before the first of ``weight`` and ``logits``.
     """
     loops = compiled()
     like = masked if masked is not None else gradient
@@ -123,7 +125,7 @@ def walk(
         0 if masked is None else masked.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
         0 if result is None else result.data_ptr(),
-        begin,
+        before + begin,
         count,
         samples,
         count,

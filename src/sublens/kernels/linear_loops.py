@@ -46,11 +46,11 @@ LONGEST = 4 * REGISTER  # rows of a piece at most
 _by_rows, _by_columns, _by_pieces = product(_PITCH), product(1), product()
 
 INPUTS, SCRATCH, THREAD, PANELS = 3, 6, 7, 9
-HEIGHT, ACROSS, PIECES, LENGTH, WIDE, WANTS = range(17, 23)
-LINEAR_FIELDS = 23
+HEIGHT, ACROSS, PIECES, LENGTH, WIDE, WANTS, FIRST = range(17, 24)
+LINEAR_FIELDS = 24
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS, GRADIENT and PANELS are
 addresses of packed data; SCRATCH is that of SCRATCH_BYTES for each thread, THREAD the next thread's number. The weight
-is HEIGHT x ACROSS, each sample's chunk is PIECES pieces of LENGTH rows, a thread takes WIDE columns at a time, and
+is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is PIECES pieces of LENGTH rows, a thread takes WIDE columns at a time, and
 WANTS says whether the gradient of the inputs is wanted."""
 
 
@@ -175,7 +175,7 @@ SCRATCH_BYTES = _DRAWS + 2 * ROWS * _DRAWN + 4096
 @loop(INT, INT, INT, INT, INT, INT, WORDS)
 def _draw_block(scratch: Any, pair: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
     for r in range(rows):
-        draw_run(scratch + _DRAWS + 2 * r * _DRAWN, (top + r) * p[ACROSS] + left, size, pair, p)
+        draw_run(scratch + _DRAWS + 2 * r * _DRAWN, (p[FIRST] + top + r) * p[ACROSS] + left, size, pair, p)
 
 
 @loop(INT, INT, INT, INT, INT, INT, WORDS)
@@ -183,7 +183,7 @@ def _mask_block(scratch: Any, sample: Any, top: Any, left: Any, rows: Any, size:
     pattern = PATTERNS[sample % PAIR]
     for r in range(rows):
         element = (top + r) * p[ACROSS] + left
-        k = scratch + _DRAWS + 2 * (r * _DRAWN + element % TILE)
+        k = scratch + _DRAWS + 2 * (r * _DRAWN + (p[FIRST] * p[ACROSS] + element) % TILE)
         limits = scratch + _LIMITS + 2 * r * _PITCH
         mask(scratch + _BLOCK + 4 * r * _PITCH, p[WEIGHT] + 4 * element, k, limits, pattern, size)
 
@@ -258,7 +258,7 @@ def _backward(p: Any) -> None:
                     # Of a panel beyond the weight's last column the rest is computed too, from whatever the tables
                     # hold there, and never read.
                     for r in range(rows):
-                        drawn = draws + 2 * (r * _DRAWN + ((top + r) * across + left) % TILE + c)
+                        drawn = draws + 2 * (r * _DRAWN + ((p[FIRST] + top + r) * across + left) % TILE + c)
                         at, tile = 4 * (r * _PITCH + c), tiles + 4 * r * PANEL
                         if together == 2:
                             fold_pair(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], ROWS * PANEL)

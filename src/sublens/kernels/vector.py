@@ -272,7 +272,9 @@ def _by(vectors: int, apart: int) -> Any:
     return run
 
 
-_ROWS = {4: (6, 2), 3: (8, 4), 2: (12, 4), 1: (24, 8)} if REGISTER == 16 else {4: (3, 2), 3: (4, 2), 2: (6, 2), 1: (8, 4)}
+_ROWS = (
+    {4: (6, 2), 3: (8, 4), 2: (12, 4), 1: (24, 8)} if REGISTER == 16 else {4: (3, 2), 3: (4, 2), 2: (6, 2), 1: (8, 4)}
+)
 """Rows of a product that are summed at once, by their number of vectors."""
 
 
