@@ -346,6 +346,77 @@ def test_attention_goes_the_linear_route_and_gives_what_the_general_one_gives(
     assert len(taken) == before
 
 
+class Recurrent(nn.Module):
+    """All that an LSTM gives, made into one output for each example."""
+
+    def __init__(self, given: bool = False, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.given = given
+        self.rnn = nn.LSTM(6, 10, **settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.rnn.batch_first else x.transpose(0, 1)
+        count = self.rnn.num_layers * (2 if self.rnn.bidirectional else 1)
+        first = torch.tanh(x.sum(0 if not self.rnn.batch_first else 1)[:, :1]).expand(-1, 10).repeat(count, 1, 1)
+        y, (h, c) = self.rnn(x, (first, 2 * first)) if self.given else self.rnn(x)
+        y = y if self.rnn.batch_first else y.transpose(0, 1)
+        return torch.cat([y.flatten(1), h.transpose(0, 1).flatten(1), c.transpose(0, 1).flatten(1)], 1)
+
+
+RECURRENT: dict[str, Callable[[], nn.Module]] = {
+    "batch first": lambda: Recurrent(batch_first=True),
+    "two layers, given state": lambda: Recurrent(num_layers=2, given=True, dropout=0.5),
+    "two ways": lambda: Recurrent(num_layers=2, bidirectional=True, batch_first=True, given=True),
+    "without biases": lambda: Recurrent(bias=False),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_lstms_go_the_linear_route_and_give_what_the_general_one_gives(
+    name: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = RECURRENT[name]()
+    xs = [torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
+    found = [run(masked, x) for x in xs]
+    assert list(masked._general.values()) == [False]
+    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
+    for one, general in zip(found, [run(masked, x) for x in xs], strict=True):
+        torch.testing.assert_close(one[0], general[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one[1], general[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one[2], general[2], rtol=1e-4, atol=1e-5)
+
+
+def packed(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        return network(nn.utils.rnn.pack_padded_sequence(x, [5, 5, 4, 3], batch_first=True))[0].data  # type: ignore[no-any-return]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("settings", "where", "what"),
+    [
+        ({"proj_size": 4}, None, "projected"),
+        ({}, ["weight_hh_l0"], "masked in part"),
+        ({}, None, "packed"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_other_lstms_take_the_general_route(settings: dict[str, Any], where: Any, what: str) -> None:
+    torch.manual_seed(0)
+    network = nn.LSTM(6, 10, batch_first=True, **settings)
+    masked = sl.MaskedNetwork(network, samples=1, keep=0.6, **({} if where is None else {"where": where}))
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(1))
+    output = packed(masked)(x) if what == "packed" else masked(x)[0]
+    output.sum().backward()
+    assert all(masked._general.values())
+    assert all(logits.grad is not None and bool(logits.grad.any()) for logits in masked.logits.values())
+
+
 def test_attention_without_a_batch_takes_the_general_route() -> None:
     masked = sl.MaskedNetwork(Attending("itself").attention, samples=1)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from sublens import kernels
+from sublens import kernels, recurrent_route
 from sublens.gates import Gate
 from sublens.kernels import blocked, cpu
 from sublens.noise import Draw
@@ -44,8 +44,15 @@ _LINEAR = {
 """Which parameters of which modules are used by ``torch.nn.functional.linear`` and nothing else."""
 
 
+def _linear_only(module: nn.Module, name: str) -> bool:
+    """Whether a module's own parameter is used for nothing else than products with what goes through a layer."""
+    if type(module) is nn.LSTM:
+        return module.proj_size == 0 and name.startswith("weight_")
+    return (type(module), name) in _LINEAR
+
+
 def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> bool:
-    """Whether all masked parameters are float32 CPU weights of ``nn.Linear``, used nowhere else, under a fused gate."""
+    """Whether all that is masked are float32 CPU weights of linear layers, attention or LSTMs, under a fused gate."""
     if not (gate.fused and kernels.fused() and blocked.agrees()) or is_compiled(network):
         return False
     parameters = dict(network.named_parameters())
@@ -56,7 +63,7 @@ def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> boo
     return all(
         cpu.applies(parameter, scores)
         and parameter.is_contiguous()
-        and all((type(module), own) in _LINEAR for module, own in owners[id(parameter)])
+        and all(_linear_only(module, own) for module, own in owners[id(parameter)])
         for parameter, scores in ((parameters[name], scores) for name, scores in logits.items())
     )
 
@@ -90,8 +97,8 @@ def per_example(network: nn.Module) -> bool:
 
 
 def vectorised(network: nn.Module) -> bool:
-    """Whether :func:`torch.func.vmap` takes the network without loops over chunks: it has no rule for attention."""
-    return not any(isinstance(module, nn.MultiheadAttention) for module in network.modules())
+    """Whether :func:`torch.func.vmap` takes the network without loops: it has no rules for attention and LSTMs."""
+    return not any(isinstance(module, nn.MultiheadAttention | nn.LSTM) for module in network.modules())
 
 
 def watched(network: nn.Module) -> bool:
@@ -116,7 +123,7 @@ class _Source:
 
     def rows(self, sizes: int | Sequence[int]) -> "list[_Source]":
         """Parts of so many rows each, as ``torch.split`` makes them."""
-        parts = zip(self.logits.split(sizes), self.weight.split(sizes), strict=True)  # type: ignore[arg-type]
+        parts = zip(self.logits.split(sizes), self.weight.split(sizes), strict=True)
         found, first = [], self.first
         for logits, weight in parts:
             found.append(replace(self, logits=logits, weight=weight, first=first))
@@ -158,6 +165,8 @@ class GatedWeight(Tensor):
                 return y if bias is None else y + bias
         if func is nn.functional.multi_head_attention_forward:
             return cls._attention(args, kwargs)
+        if func is torch.lstm:
+            return _lstm(*args, **kwargs)
         if func in (Tensor.split, Tensor.chunk) and len(args) == 2 and kwargs in ({}, {"dim": 0}):
             # Attention to another sequence multiplies some rows of its weight with that one.
             source, given = args[0].source, args[1]
@@ -212,6 +221,35 @@ def _linear(x: Tensor, source: _Source) -> Tensor:
     chunked = x.unsqueeze(0) if source.chunks == 1 else x.unflatten(0, (source.chunks, -1))
     y: Tensor = _LinearOfSamples.apply(chunked, *parts)
     return y.squeeze(0) if source.chunks == 1 else y.flatten(0, 1)
+
+
+def _lstm(
+    x: Any, state: Any, weights: Any, has_biases: Any, layers: Any = None, dropout: Any = None, train: Any = None,
+    bidirectional: Any = None, batch_first: Any = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``torch.lstm`` with gated weights, on the whole batch. Networks are called in evaluation mode: no dropout."""
+    if batch_first is None or train:
+        raise NotLinearError("an LSTM of packed sequences, or with dropout")
+    each = 4 if has_biases else 2  # weight_ih, weight_hh, bias_ih, bias_hh of a layer and direction
+    gated = [weight for i, weight in enumerate(weights) if i % each < 2]
+    biases = [bias for i, bias in enumerate(weights) if i % each >= 2]
+    if not all(type(weight) is GatedWeight for weight in gated) or any(type(bias) is GatedWeight for bias in biases):
+        raise NotLinearError("an LSTM that is masked in part")
+    chunks = gated[0].source.chunks
+    examples = x.shape[0 if batch_first else 1]
+    if (
+        chunks == 0
+        or examples % chunks
+        or any(part.dtype != torch.float32 or part.numel() == 0 for part in (x, *state))
+    ):
+        raise NotLinearError(f"{examples} examples for {chunks} chunks, of {x.dtype}")
+    each_chunk = (chunks, examples // chunks)
+    by_chunk = x.unflatten(0, each_chunk).transpose(1, 2) if batch_first else x.unflatten(1, each_chunk).transpose(0, 1)
+    states = [part.unflatten(1, each_chunk) for part in state]
+    directions = 2 if bidirectional else 1
+    y, h, c = recurrent_route.lstm(by_chunk, states, [weight.source for weight in gated], biases, directions)
+    y = y.transpose(1, 2).flatten(0, 1) if batch_first else y.transpose(0, 1).flatten(1, 2)
+    return y, h.flatten(1, 2), c.flatten(1, 2)
 
 
 class _Linear(torch.autograd.Function):

@@ -220,7 +220,7 @@ class MaskedNetwork(nn.Module):
         return dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(self.logits, alpha)
 
     def trust_bound(self) -> None:
-        """Take it that the logits lie within their bound as they are now, so that the next training call need not look."""
+        """Take it that the logits lie within their bound as they are, so that the next training call need not look."""
         self._bounded = self._versions()
 
     def _versions(self) -> list[int] | None:

@@ -1,7 +1,7 @@
 """Linear layers under K samples at once, block of weights by block of weights.
 
-A masked weight never stands in main memory: a block is masked for each sample into a scratch that fits the cache, and is
-multiplied there. The backward pass redraws the same samples, and folds the K weight gradients of a block into the
+A masked weight never stands in main memory: a block is masked for each sample into a scratch that fits the cache, and
+is multiplied there. The backward pass redraws the same samples, and folds the K weight gradients of a block into the
 logits' gradient while they are in the cache. The products are our own (:func:`sublens.kernels.vector.product`),
 because a library's product first copies the weight into a layout of its own, which costs as much as masking it. Where
 a chunk has so many rows that this no longer matters, the library's product multiplies larger blocks.
@@ -108,8 +108,8 @@ def backward(
     return None if of_x is None else _unpacked(of_x, samples, m, width), of_logits
 
 
-_LONG = 512
-"""Rows of a chunk from which on the library's product is faster, for 256 and 1024 columns alike."""
+_LONG = 256
+"""Rows of a chunk from which on the library's product is faster, about, for weights of any size."""
 _BLOCK = 2**20  # masked weights that it is given at a time
 
 
@@ -157,8 +157,8 @@ _unused: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # logits -> memory
 def _for_gradient(logits: Tensor) -> Tensor:
     """Memory for a gradient of these logits.
 
-    Memory of the last one is used again as soon as nobody holds it. Without that it would go back to the system in every
-    step, which clears each page that it hands out: up to a quarter of the time of a backward pass.
+    Memory of the last one is used again as soon as nobody holds it. Without that it would go back to the system in
+    every step, which clears each page that it hands out: up to a quarter of the time of a backward pass.
     """
     if logits.numel() < _LARGE or not logits.is_leaf:
         return torch.empty_like(logits)

@@ -50,8 +50,8 @@ HEIGHT, ACROSS, PIECES, LENGTH, WIDE, WANTS, FIRST = range(17, 24)
 LINEAR_FIELDS = 24
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS, GRADIENT and PANELS are
 addresses of packed data; SCRATCH is that of SCRATCH_BYTES for each thread, THREAD the next thread's number. The weight
-is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is PIECES pieces of LENGTH rows, a thread takes WIDE columns at a time, and
-WANTS says whether the gradient of the inputs is wanted."""
+is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is PIECES pieces of LENGTH rows, a thread
+takes WIDE columns at a time, and WANTS says whether the gradient of the inputs is wanted."""
 
 
 @loop(*[INT] * 6)

@@ -14,8 +14,9 @@ VALUES, SLOPES, MEANS, MEAN_SQUARES, SIZE, SUMS = 1, 2, 3, 4, 5, 6
 RATE, FACTOR, CONSTANT, BETA_1, BETA_2, EPSILON, ROOT = range(7, 14)
 UPDATE_FIELDS = 14
 """VALUES are the logits, SLOPES their gradient, MEANS and MEAN_SQUARES its running averages: addresses of SIZE float32.
-SUMS is that of one float64 for each chunk: its sum, of the squares of SLOPES or of VALUES. CONSTANT is added to each gradient, and the sum multiplied by FACTOR. RATE
-is the learning rate over 1 - beta1**step, ROOT the square root of 1 - beta2**step."""
+SUMS is that of one float64 for each chunk: its sum, of the squares of SLOPES or of VALUES. CONSTANT is added to each
+gradient, and the sum multiplied by FACTOR. RATE is the learning rate over 1 - beta1**step, ROOT the square root of
+1 - beta2**step."""
 
 
 @loop(WORDS)

@@ -281,13 +281,13 @@ _ROWS = (
 def product(apart: int = 0) -> Any:
     """A function for Numba: C[r] += sum over o < m and t < n of A[o, t, r] B[o, t], for rows of 1 to 4 vectors.
 
-    It takes ``(vectors, rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh)``: A, B and C are addresses of float32
-    data; ``a_t`` is the stride of A along t, and so on; vectors are contiguous; n and m are at least 1. If ``fresh`` is
-    not 0, what C held before does not count.
+    It takes ``(vectors, rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh)``: A, B and C are addresses of
+    float32 data; ``a_t`` is the stride of A along t, and so on; vectors are contiguous; n and m are at least 1. If
+    ``fresh`` is not 0, what C held before does not count.
 
     Args:
-        apart: the stride of A along r, if it is always the same. It is then part of the instructions. Otherwise one row's
-            address is computed from the last one's, and many rows of few vectors wait for that.
+        apart: the stride of A along r, if it is always the same. It is then part of the instructions. Otherwise one
+            row's address is computed from the last one's, and many rows of few vectors wait for that.
     """
     by_1, by_2, by_3, by_4 = (_by(vectors, apart) for vectors in (1, 2, 3, 4))
 

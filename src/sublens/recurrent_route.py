@@ -1,0 +1,146 @@
+"""LSTMs on the fast route: all K samples go through a layer together, and each layer is one step of autograd.
+
+PyTorch's layer takes one weight for all sequences, so under K samples it would be called once for each. Here the
+sequences of all samples go on side by side, with one batched product a time step. Gates, cells and their gradients are
+those of ``torch.nn.LSTM``; what comes in is multiplied by :mod:`sublens.kernels.blocked`, for all time steps at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sublens.kernels import blocked, cpu
+from sublens.noise import Draw
+
+
+class Source(Protocol):
+    """What a layer needs to know of a weight under K samples."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Of the weight."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight."""
+
+    @property
+    def draw(self) -> Draw:
+        """Names the first sample."""
+
+
+def lstm(
+    x: Tensor, state: Sequence[Tensor], sources: Sequence[Source], biases: Sequence[Tensor], directions: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.nn.LSTM`` under K samples.
+
+    Args:
+        x: (K, T, m, in) float32, sequences of T steps.
+        state: first h and c, each (layers * directions, K, m, H).
+        sources: of weight_ih and weight_hh, for each layer and direction.
+        biases: likewise, or none.
+        directions: 2 if bidirectional, else 1.
+
+    Returns:
+        Outputs (K, T, m, directions * H) of the last layer, and the last h and c, shaped as the first.
+    """
+    last_h, last_c = [], []
+    for first in range(0, len(sources) // 2, directions):
+        outputs = []
+        for number in range(first, first + directions):
+            into, on = sources[2 * number : 2 * number + 2]
+            bias = biases[2 * number] + biases[2 * number + 1] if biases else None
+            backwards = number > first
+            y, c = _Layer.apply(
+                x.flip(1) if backwards else x,
+                state[0][number],
+                state[1][number],
+                into.logits,
+                on.logits,
+                into,
+                on,
+                bias,
+            )
+            last_h.append(y[:, -1])
+            last_c.append(c)
+            outputs.append(y.flip(1) if backwards else y)
+        x = torch.cat(outputs, -1) if directions > 1 else outputs[0]
+    return x, torch.stack(last_h), torch.stack(last_c)
+
+
+def _masked(source: Source, samples: int) -> Tensor:
+    out = torch.empty(samples, *source.weight.shape, dtype=torch.float32, device="cpu")
+    cpu.walk(source.weight, source.logits.detach(), source.draw, masked=out, samples=samples)
+    return out
+
+
+_of_sigmoid, _of_tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+
+
+class _Layer(torch.autograd.Function):
+    """One layer in one direction. Keeps gates, cells and outputs for the backward pass, no sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor, c: Tensor, logits_in: Tensor, logits_on: Tensor, into: Source, on: Source,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        samples, steps, m, _ = x.shape
+        size = on.weight.shape[1]
+        x, h, c = (tensor.contiguous() for tensor in (x, h, c))
+        came = blocked.forward(x.view(samples, steps * m, -1), into.weight, logits_in.detach(), into.draw)
+        came = came.view(samples, steps, m, 4 * size)
+        if bias is not None:
+            came += bias
+        recurrent = _masked(on, samples).mT
+        gates = x.new_empty(steps, samples, m, 4 * size)
+        cells, outputs = x.new_empty(steps + 1, samples, m, size), x.new_empty(steps + 1, samples, m, size)
+        cells[0], outputs[0] = c, h
+        for t in range(steps):
+            a = torch.baddbmm(came[:, t], outputs[t], recurrent, out=gates[t])
+            i, f, g, o = a.split(size, -1)
+            a[..., : 2 * size].sigmoid_()
+            g.tanh_()
+            o.sigmoid_()
+            torch.mul(f, cells[t], out=cells[t + 1]).addcmul_(i, g)
+            torch.mul(o, cells[t + 1].tanh(), out=outputs[t + 1])
+        ctx.save_for_backward(x, gates, cells, outputs, logits_in, logits_on)
+        ctx.into, ctx.on = into, on
+        return outputs[1:].transpose(0, 1).contiguous(), cells[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_y: Tensor, of_c: Tensor) -> tuple[Tensor | None, ...]:
+        x, gates, cells, outputs, logits_in, logits_on = ctx.saved_tensors
+        into, on = ctx.into, ctx.on
+        (samples, steps, m, _), size = x.shape, cells.shape[-1]
+        recurrent = _masked(on, samples)
+        of_gates = torch.empty_like(gates)
+        of_h, of_c = torch.zeros_like(cells[0]), of_c.contiguous().clone()
+        for t in reversed(range(steps)):
+            i, f, g, o = gates[t].split(size, -1)
+            of_i, of_f, of_g, of_o = of_gates[t].split(size, -1)
+            of_h += of_y[:, t]
+            squashed = cells[t + 1].tanh()
+            torch.mul(of_h, squashed, out=of_o)
+            of_c += _of_tanh(of_h.mul_(o), squashed)
+            torch.mul(of_c, g, out=of_i)
+            torch.mul(of_c, cells[t], out=of_f)
+            torch.mul(of_c, i, out=of_g)
+            of_c *= f
+            both, of_both = gates[t][..., : 2 * size], of_gates[t][..., : 2 * size]
+            _of_sigmoid(of_both, both, grad_input=of_both)
+            _of_sigmoid(of_o, o, grad_input=of_o)
+            _of_tanh(of_g, g, grad_input=of_g)
+            of_h = torch.bmm(of_gates[t], recurrent)
+        # The samples first, as the blocked product has them: the steps of a sample are more rows of its chunk.
+        rows = of_gates.transpose(0, 1).contiguous().view(samples, steps * m, 4 * size)
+        before = outputs[:-1].transpose(0, 1).contiguous().view(samples, steps * m, size)
+        _, of_on = blocked.backward(rows, before, on.weight, logits_on, on.draw, wants_x=False)
+        of_x, of_into = blocked.backward(
+            rows, x.view(samples, steps * m, -1), into.weight, logits_in, into.draw, wants_x=ctx.needs_input_grad[0]
+        )
+        return None if of_x is None else of_x.view(x.shape), of_h, of_c, of_into, of_on, None, None, None
