@@ -1,8 +1,8 @@
-"""The fast route for linear layers of an unmodified network: one pass over a weight serves all K samples.
+"""The fast route for layers of an unmodified network that multiply: one pass over a weight serves all K samples.
 
 The network is called once. Each masked weight is put in as a :class:`GatedWeight`, a tensor without data that answers
-``torch.nn.functional.linear`` with the blocked product of all chunks (:mod:`sublens.kernels.blocked`), and everything
-else by asking for the general route. Which networks can go this way is :func:`applies`; that one of them cannot after
+``torch.nn.functional.linear`` with the blocked product of all chunks (:mod:`sublens.kernels.blocked`), attention and
+LSTMs by what they are made of, and everything else by asking for the general route. Which networks can go this way is :func:`applies`; that one of them cannot after
 all (code that vmap does not take, a weight used for something else) is found at its first call.
 
 With one sample, and for networks that treat every example by itself (:func:`per_example`), the call is an ordinary one
