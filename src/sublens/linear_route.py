@@ -2,8 +2,9 @@
 
 The network is called once. Each masked weight is put in as a :class:`GatedWeight`, a tensor without data that answers
 ``torch.nn.functional.linear`` with the blocked product of all chunks (:mod:`sublens.kernels.blocked`), attention and
-LSTMs by what they are made of, and everything else by asking for the general route. Which networks can go this way is :func:`applies`; that one of them cannot after
-all (code that vmap does not take, a weight used for something else) is found at its first call.
+LSTMs by what they are made of, and everything else by asking for the general route. Which networks can go this way is
+:func:`applies`; that one of them cannot after all (code that vmap does not take, a weight used for something else) is
+found at its first call.
 
 With one sample, and for networks that treat every example by itself (:func:`per_example`), the call is an ordinary one
 on the whole batch. Other networks are called under :func:`torch.func.vmap` over the K chunks, so that their code still
@@ -188,19 +189,16 @@ class GatedWeight(Tensor):
             is_weight = type(argument) is GatedWeight
             return cls._of(replace(argument.source, examples=query.shape[1])) if is_weight else argument
 
-        return _attention(*map(known, args), **{name: known(argument) for name, argument in kwargs.items()})
+        # Attention multiplies with its weights by ``linear``, once it has found that none of them has other ideas.
+        # Made at each call, since names in ``torch.nn.functional`` may be given other functions.
+        original = nn.functional.multi_head_attention_forward
+        names = {**vars(nn.functional), "has_torch_function": lambda tensors: False}
+        function = FunctionType(original.__code__, names, argdefs=original.__defaults__)
+        return function(*map(known, args), **{name: known(argument) for name, argument in kwargs.items()})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotLinearError(str(func))
-
-
-# Attention multiplies with its weights by ``linear``, once it has found that none of them has other ideas.
-_attention = FunctionType(
-    nn.functional.multi_head_attention_forward.__code__,
-    {**vars(nn.functional), "has_torch_function": lambda tensors: False},
-    argdefs=nn.functional.multi_head_attention_forward.__defaults__,
-)
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
