@@ -6,6 +6,10 @@ have some ten operations more.
 """
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +186,43 @@ def test_memory_of_a_gradient_is_used_again_only_when_nobody_holds_it() -> None:
 def test_fused_loops_are_trusted_only_where_they_give_the_reference() -> None:
     assert cpu.agrees()
     assert blocked.agrees()
+
+
+OF_THE_LOOPS = """
+import hashlib, torch
+from sublens.kernels import blocked, cpu
+from sublens.noise import Draw
+found, draw = hashlib.sha256(), Draw(5, 3, 1, 7)
+generator = torch.Generator().manual_seed(0)
+for samples, m, width, height in ((1, 128, 70, 53), (4, 32, 300, 77), (8, 16, 33, 100), (3, 50, 64, 48)):
+    x, weight, logits, gradient = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((samples, m, width), (height, width), (height, width), (samples, m, height))
+    )
+    y = blocked.forward(x, weight, logits, draw)
+    for result in (y, *blocked.backward(gradient, x, weight, logits, draw, wants_x=True)):
+        found.update(result.numpy().tobytes())
+print(cpu.compiled("linear_loops").REGISTER, found.hexdigest())
+"""
+
+
+def test_wide_vectors_give_the_bits_of_narrow_ones(tmp_path: Path) -> None:
+    if cpu.compiled("linear_loops").REGISTER != 16:
+        pytest.skip("this processor has no AVX-512")
+    narrow = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi2,+popcnt,+sse4.2",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    lines = [
+        subprocess.run(
+            [sys.executable, "-c", OF_THE_LOOPS], env=os.environ | more, check=True, capture_output=True, text=True
+        )
+        for more in ({}, narrow)
+    ]
+    (wide, bits), (eight, same) = (line.stdout.split()[-2:] for line in lines)
+    assert (wide, eight) == ("16", "8")
+    assert bits == same
 
 
 def test_squares_and_adam_are_the_same_on_many_threads_and_near_float64() -> None:
