@@ -11,6 +11,7 @@ Shapes: K samples, m rows in each sample's chunk, the weight is (out, in).
 
 import functools
 import math
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -62,12 +63,12 @@ def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 
     if m >= _LONG:
         return _forward_long(x, weight, logits, draw, first)
     loops = cpu.compiled("linear_loops")
-    packed, sums = _packed(x), x.new_empty(_packed_numbers(x, height))
+    packed, y = _packed(x), x.new_empty(samples, m, height)
     p = _fields(x, weight, logits, draw, first)
-    p[loops.INPUTS], p[loops.GRADIENT] = packed.data_ptr(), sums.data_ptr()
+    p[loops.INPUTS], p[loops.GRADIENT] = packed.data_ptr(), y.data_ptr()
     p[loops.WIDE] = loops.COLUMNS
-    _run(loops.forward, p, x, weight)
-    return _unpacked(sums, samples, m, height)
+    _run(loops.forward, p, loops.ROWS)
+    return y
 
 
 @threads.untraced
@@ -88,25 +89,24 @@ def backward(
     Returns:
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
     """
-    samples, m, width = x.shape
+    _, m, width = x.shape
     if m >= _LONG:
         return _backward_long(gradient, x, weight, logits, draw, first, wants_x)
     loops = cpu.compiled("linear_loops")
-    count, length = pieces(m)
-    panels = x.new_empty(samples * math.ceil(width / loops.PANEL) * count * length * loops.PANEL)
-    _pack(loops.panels, x, panels, x.shape)
     packed, of_logits = _packed(gradient), _for_gradient(logits)
-    of_x = x.new_empty(_packed_numbers(x, width)) if wants_x else None
+    of_x = torch.empty_like(x) if wants_x else None
     p = _fields(x, weight, logits, draw, first)
-    p[loops.GRADIENT], p[loops.RESULT] = packed.data_ptr(), of_logits.data_ptr()
-    p[loops.PANELS], p[loops.INPUTS] = panels.data_ptr(), 0 if of_x is None else of_x.data_ptr()
-    p[loops.WANTS] = wants_x
-    # At least two blocks of columns for each thread.
-    wide = math.ceil(width / (2 * torch.get_num_threads()) / loops.PANEL) * loops.PANEL
-    p[loops.WIDE] = min(loops.COLUMNS, wide)
-    _run(loops.backward, p, x, weight)
-    return None if of_x is None else _unpacked(of_x, samples, m, width), of_logits
+    p[loops.GRADIENT], p[loops.RESULT], p[loops.INPUTS] = packed.data_ptr(), of_logits.data_ptr(), x.data_ptr()
+    p[loops.OF_INPUTS] = 0 if of_x is None else of_x.data_ptr()
+    # At least two blocks of columns for each thread, and inputs in no more scratch than a cache holds.
+    most = min(loops.COLUMNS, width // (2 * torch.get_num_threads()), _INPUTS // _rows(x))
+    p[loops.WIDE] = max(1, most // loops.PANEL) * loops.PANEL
+    _run(loops.backward, p, 2 * int(p[loops.WIDE]))
+    return of_x, of_logits
 
+
+_INPUTS = 2**20
+"""Numbers of the inputs that a thread holds at a time."""
 
 _LONG = 256
 """Rows of a chunk from which on the library's product is faster, about, for weights of any size."""
@@ -174,42 +174,50 @@ def _fields(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int) -
     p = np.zeros(loops.LINEAR_FIELDS, np.int64)
     p[loops.WEIGHT], p[loops.LOGITS], p[loops.SAMPLES] = weight.data_ptr(), logits.data_ptr(), x.shape[0]
     p[loops.HEIGHT], p[loops.ACROSS] = weight.shape
+    p[loops.CHUNK_ROWS] = x.shape[1]
     p[loops.PIECES], p[loops.LENGTH] = pieces(x.shape[1])
     p[loops.FIRST] = first
     cpu.name(p, draw)
     return p
 
 
-def _run(loop: object, p: np.ndarray, x: Tensor, weight: Tensor) -> None:
+class _Scratch(threading.local):
+    """Memory that is used again in every call from the same thread."""
+
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def address(self, size: int) -> int:
+        if self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self.memory.data_ptr()
+
+
+_scratch = _Scratch()
+
+
+def _run(loop: object, p: np.ndarray, columns: int) -> None:
+    """Run a loop that holds so many columns of all chunks at a time."""
     loops = cpu.compiled("linear_loops")
-    parallel = x.shape[0] * x.shape[1] * weight.numel() >= _SMALL
-    size = loops.SCRATCH_BYTES * (torch.get_num_threads() if parallel else 1)
-    scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
-    p[loops.SCRATCH] = scratch.data_ptr()
-    threads.run(loop.address, p.ctypes.data, parallel=parallel)  # type: ignore[attr-defined]
+    rows = int(p[loops.SAMPLES] * p[loops.PIECES] * p[loops.LENGTH])
+    parallel = rows * p[loops.HEIGHT] * p[loops.ACROSS] >= _SMALL
+    p[loops.SHARE] = loops.MORE + 4 * rows * columns
+    p[loops.SCRATCH] = _scratch.address(int(p[loops.SHARE]) * (torch.get_num_threads() if parallel else 1))
+    threads.run(loop.address, p.ctypes.data, parallel=bool(parallel))  # type: ignore[attr-defined]
 
 
 _SMALL = 100_000
 """Products below which one thread is faster than waking the others."""
 
 
-def _packed_numbers(x: Tensor, width: int) -> int:
+def _rows(x: Tensor) -> int:
+    """Rows of all chunks, in whole pieces."""
     count, length = pieces(x.shape[1])
-    return x.shape[0] * count * length * width
+    return x.shape[0] * count * length
 
 
 def _packed(x: Tensor) -> Tensor:
-    packed = x.new_empty(_packed_numbers(x, x.shape[2]))
-    _pack(cpu.compiled("linear_loops").pack, x, packed, x.shape)
+    loops = cpu.compiled("linear_loops")
+    packed = x.new_empty(_rows(x) * x.shape[2])
+    p = np.array([0, x.data_ptr(), packed.data_ptr(), *x.shape, *pieces(x.shape[1])], np.int64)
+    threads.run(loops.pack.address, p.ctypes.data, parallel=x.numel() >= _SMALL)
     return packed
-
-
-def _unpacked(packed: Tensor, samples: int, m: int, width: int) -> Tensor:
-    y = packed.new_empty(samples, m, width)
-    _pack(cpu.compiled("linear_loops").unpack, packed, y, y.shape)
-    return y
-
-
-def _pack(loop: object, source: Tensor, target: Tensor, shape: torch.Size) -> None:
-    p = np.array([0, source.data_ptr(), target.data_ptr(), *shape, *pieces(shape[1])], np.int64)
-    threads.run(loop.address, p.ctypes.data, parallel=shape.numel() >= _SMALL)  # type: ignore[attr-defined]

@@ -45,13 +45,13 @@ LONGEST = 4 * REGISTER  # rows of a piece at most
 # By what the rows of the first operand are apart: a masked block's rows, its columns, and rows of packed gradients.
 _by_rows, _by_columns, _by_pieces = product(_PITCH), product(1), product()
 
-INPUTS, SCRATCH, THREAD, PANELS = 3, 6, 7, 9
-HEIGHT, ACROSS, PIECES, LENGTH, WIDE, WANTS, FIRST = range(17, 24)
-LINEAR_FIELDS = 24
-"""Beside those of :mod:`sublens.kernels.loops`. INPUTS, GRADIENT and PANELS are
-addresses of packed data; SCRATCH is that of SCRATCH_BYTES for each thread, THREAD the next thread's number. The weight
-is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is PIECES pieces of LENGTH rows, a thread
-takes WIDE columns at a time, and WANTS says whether the gradient of the inputs is wanted."""
+INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
+HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE = range(17, 25)
+LINEAR_FIELDS = 25
+"""Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
+OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
+number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
+PIECES pieces of LENGTH, and a thread takes WIDE columns at a time."""
 
 
 @loop(*[INT] * 6)
@@ -115,40 +115,20 @@ def _pack(p: Any) -> None:
             _turn(source, width, target, part, rows, size)
 
 
-@loop(WORDS)
-def _unpack(p: Any) -> None:
-    """The way back: SOURCE is packed."""
-    width, part, parts, chunk = p[ROW], p[PART], p[PARTS], p[CHUNK]
-    columns = (width + PANEL - 1) // PANEL
-    while True:
-        unit = take(p.ctypes.data, 1)
-        if unit >= p[CHUNKS] * parts * columns:
-            break
-        piece, c = unit // columns, unit % columns * PANEL
-        first = piece % parts * part
-        rows = max(0, min(part, chunk - first))
-        size = min(PANEL, width - c)
-        if rows > 0:
-            target = p[TARGET] + 4 * ((piece // parts * chunk + first) * width + c)
-            _turn(p[SOURCE] + 4 * (piece * width + c) * part, part, target, width, size, rows)
+@loop(INT, INT, INT, INT, INT, INT)
+def _rows_of(columns: Any, length: Any, target: Any, target_r: Any, rows: Any, size: Any) -> None:
+    """Write the first ``rows`` rows of a piece, of ``size`` numbers, from its columns, which are ``length`` apart."""
+    for r in range(0, rows, WIDTH):
+        _turn(columns + 4 * r, length, target + 4 * r * target_r, target_r, size, min(WIDTH, rows - r))
 
 
-@loop(WORDS)
-def _panels(p: Any) -> None:
-    """(chunk, row, column) to (chunk, panel, row, column of the panel), rows and columns filled up with zeros."""
-    width, chunk, rows = p[ROW], p[CHUNK], p[PARTS] * p[PART]
-    panels = (width + PANEL - 1) // PANEL
-    while True:
-        unit = take(p.ctypes.data, 1)
-        if unit >= p[CHUNKS] * panels:
-            break
-        k, c = unit // panels, unit % panels * PANEL
-        size = min(PANEL, width - c)
-        s = carray(pointer(p[SOURCE] + 4 * (k * chunk * width + c)), ((chunk - 1) * width + size,), f32)
-        t = carray(pointer(p[TARGET] + 4 * unit * rows * PANEL), (rows * PANEL,), f32)
-        for r in range(rows):
-            for j in range(PANEL):
-                t[r * PANEL + j] = s[r * width + j] if r < chunk and j < size else f32(0.0)
+@loop(*[INT] * 6)
+def _panel(source: Any, source_r: Any, target: Any, chunk: Any, rows: Any, size: Any) -> None:
+    """(row, column) of a chunk's columns to ``rows`` rows of a panel, rows and columns filled up with zeros."""
+    s, t = carray(pointer(source), ((chunk - 1) * source_r + size,), f32), carray(pointer(target), (rows * PANEL,), f32)
+    for r in range(rows):
+        for j in range(PANEL):
+            t[r * PANEL + j] = s[r * source_r + j] if r < chunk and j < size else f32(0.0)
 
 
 @loop(*[INT] * 5, WORDS)
@@ -169,7 +149,9 @@ _BLOCK = _TOTAL + 4 * ROWS * _PITCH
 _TILES = _BLOCK + 4 * ROWS * _PITCH
 _LIMITS = _TILES + 2 * 4 * ROWS * PANEL
 _DRAWS = _LIMITS + 2 * ROWS * _PITCH
-SCRATCH_BYTES = _DRAWS + 2 * ROWS * _DRAWN + 4096
+MORE = (_DRAWS + 2 * ROWS * _DRAWN + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
+"""Bytes that are the same for any layer. Then come the outputs of a block of ROWS rows, or the inputs of WIDE columns
+and their gradient: for each row of the chunks' pieces ROWS numbers, or twice WIDE."""
 
 
 @loop(INT, INT, INT, INT, INT, INT, WORDS)
@@ -191,8 +173,9 @@ def _mask_block(scratch: Any, sample: Any, top: Any, left: Any, rows: Any, size:
 @loop(WORDS)
 def _forward(p: Any) -> None:
     height, across, samples, wide = p[HEIGHT], p[ACROSS], p[SAMPLES], p[WIDE]
-    pieces, length = p[PIECES], p[LENGTH]
-    scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * SCRATCH_BYTES
+    chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
+    scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
+    sums = scratch + MORE
     while True:
         top = take(p.ctypes.data, 1) * ROWS
         if top >= height:
@@ -212,20 +195,27 @@ def _forward(p: Any) -> None:
                     for part in range(pieces):
                         piece = i * pieces + part
                         x = p[INPUTS] + 4 * (piece * across + left + c) * length
-                        y = p[GRADIENT] + 4 * (piece * height + top) * length
+                        y = sums + 4 * piece * ROWS * length
                         _by_rows(length // REGISTER, rows, scratch + _BLOCK + 4 * c, 1, _PITCH, 0, x, length, 0, y,
                                  length, min(_SLICE, size - c), 1, i64(left + c == 0))  # fmt: skip
                         if left + wide < across:
                             _ahead(top, left + wide, call, calls, rows, p)
                         call += 1
+        for i in range(samples):
+            for first in range(0, chunk, length):
+                y = p[GRADIENT] + 4 * ((i * chunk + first) * height + top)
+                columns = sums + 4 * (i * pieces + first // length) * ROWS * length
+                _rows_of(columns, length, y, height, min(length, chunk - first), rows)
 
 
 @loop(WORDS)
 def _backward(p: Any) -> None:
     height, across, samples, wide = p[HEIGHT], p[ACROSS], p[SAMPLES], p[WIDE]
-    pieces, length = p[PIECES], p[LENGTH]
-    panels = (across + PANEL - 1) // PANEL
-    scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * SCRATCH_BYTES
+    chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
+    whole = pieces * length
+    scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
+    inputs = scratch + MORE
+    of_inputs = inputs + 4 * samples * whole * wide
     odds, limits, draws, total = scratch + _ODDS, scratch + _LIMITS, scratch + _DRAWS, scratch + _TOTAL
     tiles = scratch + _TILES
     while True:
@@ -233,6 +223,12 @@ def _backward(p: Any) -> None:
         if left >= across:
             break
         size = min(wide, across - left)
+        panels = (size + PANEL - 1) // PANEL
+        for k in range(samples):
+            for c in range(0, size, PANEL):
+                x = p[INPUTS] + 4 * (k * chunk * across + left + c)
+                panel = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
+                _panel(x, across, panel, chunk, whole, min(PANEL, size - c))
         for top in range(0, height, ROWS):
             rows = min(ROWS, height - top)
             for r in range(rows):
@@ -249,7 +245,7 @@ def _backward(p: Any) -> None:
                 for c in range(0, size, PANEL):
                     for k in range(i, i + together):
                         g = p[GRADIENT] + 4 * (k * pieces * height + top) * length
-                        x = p[PANELS] + 4 * (k * panels + (left + c) // PANEL) * pieces * length * PANEL
+                        x = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
                         _by_pieces(PANEL // REGISTER, rows, g, 1, length, height * length, x, PANEL, length * PANEL,
                                    tiles + 4 * (k - i) * ROWS * PANEL, PANEL, length, pieces, 1)  # fmt: skip
                         if top + ROWS < height:
@@ -264,20 +260,26 @@ def _backward(p: Any) -> None:
                             fold_pair(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], ROWS * PANEL)
                         else:
                             fold(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
-                if p[WANTS] != 0:
+                if p[OF_INPUTS] != 0:
                     for k in range(i, i + together):
                         _mask_block(scratch, p[COUNTER] + k, top, left, rows, size, p)
                         for c in range(0, size, _STRIP):
                             for part in range(pieces):
                                 piece = k * pieces + part
                                 g = p[GRADIENT] + 4 * (piece * height + top) * length
-                                x = p[INPUTS] + 4 * (piece * across + left + c) * length
+                                x = of_inputs + 4 * (piece * size + c) * length
                                 _by_columns(length // REGISTER, min(_STRIP, size - c), scratch + _BLOCK + 4 * c, _PITCH,
                                             1, 0, g, length, 0, x, length, rows, 1, i64(top == 0))  # fmt: skip
                 i += together
             for r in range(rows):
                 element = 4 * ((top + r) * across + left)
                 times(p[RESULT] + element, total + 4 * r * _PITCH, p[WEIGHT] + element, size)
+        if p[OF_INPUTS] != 0:
+            for i in range(samples):
+                for first in range(0, chunk, length):
+                    x = p[OF_INPUTS] + 4 * ((i * chunk + first) * across + left)
+                    columns = of_inputs + 4 * (i * pieces + first // length) * size * length
+                    _rows_of(columns, length, x, across, min(length, chunk - first), size)
 
 
 @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
@@ -287,22 +289,10 @@ def pack(address: Any) -> None:
 
 
 @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
-def unpack(address: Any) -> None:
-    """The way back from :func:`pack`: SOURCE is packed."""
-    _unpack(carray(address, (PACK_FIELDS,), i64))
-
-
-@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
-def panels(address: Any) -> None:
-    """(chunk, row, column) to (chunk, panel of 32 columns, row, column of the panel), filled up with zeros."""
-    _panels(carray(address, (PACK_FIELDS,), i64))
-
-
-@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
 def forward(address: Any) -> None:
-    """Each sample's INPUTS times its masked weight, to GRADIENT; both packed. On many threads at once.
+    """Each sample's INPUTS, packed, times its masked weight, to GRADIENT: (chunk, row, column).
 
-    A thread takes blocks of ROWS rows, so every output is summed by one thread, in one order.
+    On many threads at once. A thread takes blocks of ROWS rows, so every output is summed by one thread, in one order.
     """
     _forward(carray(address, (LINEAR_FIELDS,), i64))
 
@@ -311,8 +301,8 @@ def forward(address: Any) -> None:
 def backward(address: Any) -> None:
     """Gradients of :func:`forward`, on many threads at once.
 
-    GRADIENT is that of the outputs, packed; PANELS are the inputs in panels. Written are RESULT, the gradient of the
-    logits, and, if WANTS, INPUTS, that of the inputs, packed. A thread takes blocks of WIDE columns and all their rows,
-    so every number is summed by one thread, in one order.
+    GRADIENT is that of the outputs, packed; INPUTS are (chunk, row, column). Written are RESULT, the gradient of the
+    logits, and, unless it is 0, OF_INPUTS, that of the inputs. A thread takes blocks of WIDE columns and all their
+    rows, so every number is summed by one thread, in one order.
     """
     _backward(carray(address, (LINEAR_FIELDS,), i64))
