@@ -227,20 +227,24 @@ def test_wide_vectors_give_the_bits_of_narrow_ones(tmp_path: Path) -> None:
 
 def test_squares_and_adam_are_the_same_on_many_threads_and_near_float64() -> None:
     before = torch.get_num_threads()
+    sizes = (5, 16_384, 83_614)  # less than a chunk, just one, and several
     gradient, found = normal(100_003, seed=5), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             values, mean, mean_square = normal(100_003), 0.1 * normal(100_003, seed=1), normal(100_003, seed=2) ** 2
             state = [tensor.double().numpy() for tensor in (values, mean, mean_square)]
-            total = cpu.adam(values, gradient, mean, mean_square, step=7, lr=0.02, betas=(0.9, 0.99), epsilon=1e-8,
-                             constant=0.125, factor=0.5)  # fmt: skip
-            assert total == cpu.total(values) == pytest.approx(values.double().sum().item(), abs=1e-5 * 100_003)
-            found.append((values, mean, mean_square, cpu.squares(gradient, 0.125)))
+            parts = [tensor.split(sizes) for tensor in (values, gradient, mean, mean_square)]
+            totals = cpu.adam(*parts, steps=[7, 7, 7], lr=0.02, betas=(0.9, 0.99), epsilon=1e-8,
+                              constants=[0.125] * 3, factor=0.5)  # fmt: skip
+            expected = [part.double().sum().item() for part in parts[0]]
+            assert totals == cpu.totals(parts[0]) == pytest.approx(expected, abs=1e-5 * 100_003)
+            found.append((values, mean, mean_square, cpu.squares(parts[1], [0.125] * 3)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(found[0][:3], found[1][:3], strict=True))
-    assert found[0][3] == found[1][3] == pytest.approx((gradient.double() + 0.125).square().sum().item(), rel=1e-5)
+    squares = [(part.double() + 0.125).square().sum().item() for part in gradient.split(sizes)]
+    assert found[0][3] == found[1][3] == pytest.approx(squares, rel=1e-5)
     slope = (gradient.double().numpy() + 0.125) * 0.5
     mean64, square64 = 0.9 * state[1] + 0.1 * slope, 0.99 * state[2] + 0.01 * slope**2
     step = 0.02 * mean64 / (1 - 0.9**7) / ((square64 / (1 - 0.99**7)) ** 0.5 + 1e-8)

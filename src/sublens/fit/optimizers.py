@@ -75,7 +75,7 @@ class Adam(torch.optim.Adam):
 
     def __init__(self, logits: list[nn.Parameter], lr: float) -> None:
         super().__init__(logits, lr=lr, fused=True)
-        self._totals: dict[int, tuple[int, float]] = {}  # place of a parameter -> its version, and its sum then
+        self._totals: tuple[list[int], list[float]] | None = None  # versions of the parameters, and their sums then
 
     def takes(self) -> bool:
         """Whether :meth:`norms` and :meth:`update` can be used: logits and gradients are float32 data on the CPU."""
@@ -88,51 +88,49 @@ class Adam(torch.optim.Adam):
     def norms(self, constants: Sequence[float]) -> Tensor:
         """Norm of each parameter's gradient, with a constant of its own added to each number."""
         parameters = self.param_groups[0]["params"]
-        squares = [cpu.squares(p.grad, constant) for p, constant in zip(parameters, constants, strict=True)]
-        return torch.tensor(squares, dtype=torch.float64).sqrt()
+        return torch.tensor(cpu.squares([p.grad for p in parameters], constants), dtype=torch.float64).sqrt()
 
     def totals(self) -> list[float]:
-        """Sum of each parameter. Those of the last :meth:`update` are known; only what has changed since is read."""
-        found = []
-        for i, parameter in enumerate(self.param_groups[0]["params"]):
-            version, total = self._totals.get(i, (None, 0.0))
-            if version != parameter._version:
-                total = cpu.total(parameter)
-                self._totals[i] = (parameter._version, total)
-            found.append(total)
-        return found
+        """Sum of each parameter. Those of the last :meth:`update` are known; if anything changed, all are read anew."""
+        parameters = self.param_groups[0]["params"]
+        versions = [parameter._version for parameter in parameters]
+        if self._totals is None or self._totals[0] != versions:
+            self._totals = versions, cpu.totals(parameters)
+        return self._totals[1]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """As ``torch.optim.Adam``'s, whose fused step counts no version of what it changes."""
-        self._totals.clear()
+        self._totals = None
         return super().step(closure)
 
     @torch.no_grad()
     def update(self, constants: Sequence[float], factor: float) -> None:
         """Step with the gradients, each parameter's constant added and then multiplied by ``factor``."""
         (group,) = self.param_groups
-        for i, (parameter, constant) in enumerate(zip(group["params"], constants, strict=True)):
+        parameters = group["params"]
+        for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["step"] += 1
-            total = cpu.adam(
-                parameter,
-                parameter.grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                step=int(state["step"]),
-                lr=group["lr"],
-                betas=group["betas"],
-                epsilon=group["eps"],
-                constant=constant,
-                factor=factor,
-            )
-            torch._C._increment_version([parameter])
-            self._totals[i] = (parameter._version, total)
+        states = [self.state[parameter] for parameter in parameters]
+        totals = cpu.adam(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            steps=[int(state["step"]) for state in states],
+            lr=group["lr"],
+            betas=group["betas"],
+            epsilon=group["eps"],
+            constants=constants,
+            factor=factor,
+        )
+        torch._C._increment_version(parameters)
+        self._totals = [parameter._version for parameter in parameters], totals
 
 
 def _adam(parameters: list[nn.Parameter], lr: float) -> Optimizer:

@@ -4,6 +4,7 @@ import functools
 import importlib
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -213,79 +214,103 @@ def uniform(draw: Draw, count: int) -> Tensor:
     return out
 
 
+def _updates(sizes: Sequence[int], **fields: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The table of an update of parameters of those sizes, and memory for the sums of their chunks."""
+    updates = compiled("updates")
+    table = np.zeros((len(sizes), updates.UPDATE_FIELDS), np.int64)
+    table[:, updates.SIZE] = sizes
+    table[:, updates.END] = np.cumsum(-(-table[:, updates.SIZE] // updates.CHUNK))
+    table[1:, updates.FIRST] = table[:-1, updates.END]
+    table[:, updates.ALL] = table[-1, updates.END]
+    sums = np.empty(table[-1, updates.END])
+    table[:, updates.SUMS] = sums.ctypes.data
+    for name, addresses in fields.items():
+        table[:, getattr(updates, name)] = addresses
+    return table, sums
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _update(loop: Any, table: np.ndarray, sums: np.ndarray) -> list[float]:
+    updates = compiled("updates")
+    threads.run(loop.address, table.ctypes.data, parallel=bool(table[:, updates.SIZE].sum() >= _SMALL))
+    found: list[float] = np.add.reduceat(sums, table[:, updates.FIRST]).tolist()
+    return found
+
+
 @threads.untraced
-def squares(gradient: Tensor, constant: float) -> float:
-    """Sum of the squares of a gradient with a constant added to each of its numbers.
+def squares(gradients: Sequence[Tensor], constants: Sequence[float]) -> list[float]:
+    """Sum of the squares of each gradient, with a constant added to each of its numbers.
 
     Args:
-        gradient: contiguous float32.
-        constant: in float32.
+        gradients: contiguous float32, none empty.
+        constants: one for each, in float32.
 
     Returns:
-        the sum, to some 1e-5 of it. It is the same for any number of threads.
+        the sums, to some 1e-5 of each. They are the same for any number of threads.
     """
     updates = compiled("updates")
-    sums = np.empty(-(-gradient.numel() // updates.CHUNK))
-    p = np.zeros(updates.UPDATE_FIELDS, np.int64)
-    p[updates.SLOPES], p[updates.SIZE], p[updates.SUMS] = gradient.data_ptr(), gradient.numel(), sums.ctypes.data
-    p.view(np.float64)[updates.CONSTANT] = constant
-    threads.run(updates.squares.address, p.ctypes.data, parallel=gradient.numel() >= _SMALL)
-    return float(sums.sum())
+    table, sums = _updates([g.numel() for g in gradients], SLOPES=_addresses(gradients))
+    table.view(np.float64)[:, updates.CONSTANT] = constants
+    return _update(updates.squares, table, sums)
 
 
 @threads.untraced
-def total(values: Tensor) -> float:
-    """Sum of contiguous float32 numbers, to some 1e-5 of that of their sizes; the same for any number of threads."""
-    updates = compiled("updates")
-    sums = np.empty(-(-values.numel() // updates.CHUNK))
-    p = np.zeros(updates.UPDATE_FIELDS, np.int64)
-    p[updates.VALUES], p[updates.SIZE], p[updates.SUMS] = values.data_ptr(), values.numel(), sums.ctypes.data
-    threads.run(updates.sums.address, p.ctypes.data, parallel=values.numel() >= _SMALL)
-    return float(sums.sum())
+def totals(values: Sequence[Tensor]) -> list[float]:
+    """Sum of each tensor of contiguous float32 numbers, none empty.
+
+    Returns:
+        the sums, to some 1e-5 of those of their sizes; the same for any number of threads.
+    """
+    return _update(compiled("updates").sums, *_updates([v.numel() for v in values], VALUES=_addresses(values)))
 
 
 @threads.untraced
 def adam(
-    values: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    mean_square: Tensor,
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    mean_squares: Sequence[Tensor],
     *,
-    step: int,
+    steps: Sequence[int],
     lr: float,
     betas: tuple[float, float],
     epsilon: float,
-    constant: float,
+    constants: Sequence[float],
     factor: float,
-) -> float:
-    """One step of Adam (Kingma and Ba, 2015, algorithm 1), in place, for the gradient ``(gradient + constant) factor``.
+) -> list[float]:
+    """One step of Adam (Kingma and Ba, 2015, algorithm 1), in place, for gradients ``(gradient + constant) factor``.
 
     What is trained are logits: they are put back within their bound of -10 to 10.
 
     Args:
-        values: what is trained; contiguous float32.
-        gradient: likewise; read only.
-        mean: running average of the gradient; likewise, written.
-        mean_square: that of its square; likewise, written.
-        step: number of this step, from 1.
+        values: what is trained; each contiguous float32, none empty.
+        gradients: likewise; read only.
+        means: running averages of the gradients; likewise, written.
+        mean_squares: those of their squares; likewise, written.
+        steps: number of this step for each, from 1.
         lr: learning rate.
         betas: decay of the two averages.
         epsilon: added to the root of the second.
-        constant: added to each number of the gradient.
+        constants: for each, what is added to each number of the gradient.
         factor: what the sum is multiplied by.
 
     Returns:
-        The new values' :func:`total`.
+        The new values' :func:`totals`.
     """
     updates = compiled("updates")
-    sums = np.empty(-(-values.numel() // updates.CHUNK))
-    p = np.zeros(updates.UPDATE_FIELDS, np.int64)
-    p[updates.VALUES], p[updates.SLOPES] = values.data_ptr(), gradient.data_ptr()
-    p[updates.MEANS], p[updates.MEAN_SQUARES] = mean.data_ptr(), mean_square.data_ptr()
-    p[updates.SIZE], p[updates.SUMS] = values.numel(), sums.ctypes.data
-    f = p.view(np.float64)
-    f[updates.RATE], f[updates.ROOT] = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
-    f[updates.BETA_1], f[updates.BETA_2], f[updates.EPSILON] = *betas, epsilon
-    f[updates.CONSTANT], f[updates.FACTOR] = constant, factor
-    threads.run(updates.adam.address, p.ctypes.data, parallel=values.numel() >= _SMALL)
-    return float(sums.sum())
+    table, sums = _updates(
+        [v.numel() for v in values],
+        VALUES=_addresses(values),
+        SLOPES=_addresses(gradients),
+        MEANS=_addresses(means),
+        MEAN_SQUARES=_addresses(mean_squares),
+    )
+    f = table.view(np.float64)
+    f[:, updates.RATE] = [lr / (1 - betas[0] ** step) for step in steps]
+    f[:, updates.ROOT] = [(1 - betas[1] ** step) ** 0.5 for step in steps]
+    f[:, updates.BETA_1], f[:, updates.BETA_2], f[:, updates.EPSILON] = *betas, epsilon
+    f[:, updates.CONSTANT], f[:, updates.FACTOR] = constants, factor
+    return _update(updates.adam, table, sums)
