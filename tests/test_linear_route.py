@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sublens as sl
-from sublens import linear_route
+from sublens import linear_route, recurrent_route
 from sublens.linear_route import per_example
 from sublens.noise import parameter_id
 
@@ -334,7 +335,7 @@ def test_attention_goes_the_linear_route_and_gives_what_the_general_one_gives(
     monkeypatch.setattr(linear_route, "_linear", lambda *args: (taken.append(args[1].chunks), plain(*args))[1])
     masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
     found = [run(masked, x) for x in xs]
-    assert set(taken) == {samples}
+    assert set(taken) == {samples, 1}  # the whole batch, and in looks after the first call single chunks
     assert not any(masked._general.values())
     monkeypatch.setattr(linear_route, "applies", lambda *args: False)
     before = len(taken)
@@ -372,13 +373,15 @@ RECURRENT: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("samples", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_lstms_go_the_linear_route_and_give_what_the_general_one_gives(
     name: str, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if samples > 2:  # of 3 samples two are taken together, of 4 each by itself
+        monkeypatch.setattr(recurrent_route, "_AT_ONCE", 40 * 10 * (5 - samples))
     network = RECURRENT[name]()
-    xs = [torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    xs = [torch.randn(2 * samples, 5, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
     found = [run(masked, x) for x in xs]
     assert list(masked._general.values()) == [False]
@@ -440,24 +443,27 @@ def test_a_network_that_begins_to_mix_its_examples_is_found_out(monkeypatch: pyt
 
 
 def test_it_is_looked_at_ever_more_rarely_and_first_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks: list[int] = []
-    original = sl.MaskedNetwork._by_chunk
+    looks: dict[str, list[int]] = {"_by_chunk": [], "_chunk_by_linear_layers": []}
+    for name, steps in looks.items():
 
-    def counted(self: sl.MaskedNetwork, step: int, *rest: Any) -> Any:
-        chunks.append(step + 1)
-        return original(self, step, *rest)
+        def counted(self: sl.MaskedNetwork, step: int, *rest: Any, how: Any, steps: list[int]) -> Any:
+            steps.append(step + 1)
+            return how(self, step, *rest)
 
-    monkeypatch.setattr(sl.MaskedNetwork, "_by_chunk", counted)
+        how = getattr(sl.MaskedNetwork, name)
+        monkeypatch.setattr(sl.MaskedNetwork, name, partialmethod(counted, how=how, steps=steps))
     masked = sl.MaskedNetwork(Looks(), samples=2)
     for x in inputs(20):
         masked(x)
-    assert sorted(set(chunks)) == [1, 2, 4, 8, 16]
-    chunks.clear()
+    # Whole masked weights stand in memory in the first look only, when gradients and an optimizer's state do not yet.
+    assert looks == {"_by_chunk": [1, 1], "_chunk_by_linear_layers": [2, 2, 4, 4, 8, 8, 16, 16]}
+    for steps in looks.values():
+        steps.clear()
     resumed = sl.MaskedNetwork(Looks(), samples=2)
     resumed.step = 20
     for x in inputs(14):
         resumed(x)
-    assert sorted(set(chunks)) == [21, 32]
+    assert looks == {"_by_chunk": [21, 21], "_chunk_by_linear_layers": [32, 32]}
 
 
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:

@@ -214,6 +214,10 @@ def _linear(x: Tensor, source: _Source) -> Tensor:
     if source.chunks > 1 and source.examples:
         if source.examples % source.chunks:
             raise NotLinearError(f"{source.examples} examples for {source.chunks} chunks")
+        if x.dim() == 3 and x.shape[1] == source.examples and x.transpose(0, 1).is_contiguous():
+            # As attention sees batches that come first: so the chunks lie in memory already.
+            chunked = x.transpose(0, 1).unflatten(0, (source.chunks, -1))
+            return _LinearOfSamples.apply(chunked, *parts).flatten(0, 1).transpose(0, 1).contiguous()  # type: ignore[no-any-return]
         chunked = x.reshape(-1, source.chunks, source.examples // source.chunks, x.shape[-1]).movedim(1, 0)
         return _LinearOfSamples.apply(chunked, *parts).movedim(0, 1).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
     chunked = x.unsqueeze(0) if source.chunks == 1 else x.unflatten(0, (source.chunks, -1))
@@ -271,19 +275,25 @@ class _LinearOfSamples(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int) -> Tensor:
-        flat = x.reshape(x.shape[0], -1, x.shape[-1]).contiguous()
-        ctx.save_for_backward(flat, logits, weight)
-        ctx.draw, ctx.first, ctx.shape = draw, first, x.shape  # type: ignore[attr-defined]
-        y = blocked.forward(flat, weight, logits.detach(), draw, first)
+        # As it came, which is often a view of what is kept anyway: a copy in order would stay until the backward pass.
+        ctx.save_for_backward(x, logits, weight)
+        ctx.draw, ctx.first = draw, first  # type: ignore[attr-defined]
+        y = blocked.forward(_in_order(x), weight, logits.detach(), draw, first)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         x, logits, weight = ctx.saved_tensors
-        flat = gradient.reshape(x.shape[0], -1, weight.shape[0]).contiguous()
         wants = ctx.needs_input_grad[0]
-        of_x, of_logits = blocked.backward(flat, x, weight, logits, ctx.draw, ctx.first, wants_x=wants)
-        return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None, None
+        of_x, of_logits = blocked.backward(
+            _in_order(gradient), _in_order(x), weight, logits, ctx.draw, ctx.first, wants_x=wants
+        )
+        return None if of_x is None else of_x.view(x.shape), of_logits, None, None, None
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """(K, ..., n) as (K, rows, n), contiguous."""
+    return x.reshape(x.shape[0], -1, x.shape[-1]).contiguous()
 
 
 def over_chunks(call: Callable[..., Any], batch: Batch, chunks: int, *, copy: bool) -> list[Any]:

@@ -313,16 +313,16 @@ class MaskedNetwork(nn.Module):
         if outputs is not None:
             return join(outputs, sizes, self._axes[kind])
 
-        def in_chunks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def in_chunks(of_chunk: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             of_these = Batch(args, kwargs, self.batch_dim)
-            parts = [self._by_chunk(step, k, *of_these.part(*span)) for k, span in enumerate(pairwise(bounds))]
+            parts = [of_chunk(step, k, *of_these.part(*span)) for k, span in enumerate(pairwise(bounds))]
             return join(parts, sizes, self._axes[kind])
 
         if self.batch_dim == 0 and batch.size % self.samples == 0:
             output = self._on_trial(step, kind, args, kwargs, in_chunks)
             if output is not None:
                 return output
-        return in_chunks(args, kwargs)
+        return in_chunks(self._by_chunk, args, kwargs)
 
     def _output_axes(self, batch: Batch, size: int) -> Axes:
         """Where the batch is in the outputs: found by two calls of the plain network on batches of different sizes.
@@ -358,7 +358,7 @@ class MaskedNetwork(nn.Module):
         kind: Hashable,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        in_chunks: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+        in_chunks: Callable[..., Any],
     ) -> Any:
         """The output of one call on the whole batch by the linear route, if chunks give the same; otherwise ``None``.
 
@@ -366,6 +366,9 @@ class MaskedNetwork(nn.Module):
         padded), though each example goes its own way in them. That this is so is not believed: it is looked at in the
         first call of a kind in this process, and in training calls 1, 2, 4, 8, 16, and so on. As long as chunks agree,
         what is returned does not depend on when it was looked at, so that a resumed run has the same bits.
+
+        The first look is at chunks by the general route, which masks all weights of the network at once; later ones,
+        when gradients and an optimizer's state need memory too, at single chunks by the linear route.
         """
         kind = ("whole batch", kind)
         known = kind in self._general
@@ -381,7 +384,8 @@ class MaskedNetwork(nn.Module):
             return None
         self._general[kind] = True  # until chunks have been seen to agree
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            same = agree(output, in_chunks(*copied(inputs)))
+            alone = in_chunks(self._chunk_by_linear_layers if known else self._by_chunk, *copied(inputs))
+            same = agree(output, alone)
         if same:
             self._general[kind] = False
             return output
@@ -395,7 +399,13 @@ class MaskedNetwork(nn.Module):
             "SUBLENS_KERNELS=reference in the environment if that matters.",
             stacklevel=5,
         )
-        return in_chunks(*inputs)
+        return in_chunks(self._by_chunk, *inputs)
+
+    def _chunk_by_linear_layers(self, step: int, sample: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._call(self._put(step, 1, sample), args, kwargs)
+        except linear_route.NotLinearError:  # with a batch of this size the network does something else
+            return self._by_chunk(step, sample, args, kwargs)
 
     def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
         """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
@@ -436,11 +446,11 @@ class MaskedNetwork(nn.Module):
         self._general[kind] = False
         return outputs
 
-    def _put(self, step: int, chunks: int) -> Any:
+    def _put(self, step: int, chunks: int, sample: int = 0) -> Any:
         logits = self.logits
 
         def put(name: str, weight: Tensor) -> Tensor:
-            draw = Draw(self.seed, step, self.first_sample, self._ids[name])
+            draw = Draw(self.seed, step, self.first_sample + sample, self._ids[name])
             return linear_route.GatedWeight(logits[name], weight, draw, chunks)
 
         return put

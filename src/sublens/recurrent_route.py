@@ -5,7 +5,8 @@ sequences of all samples go on side by side, with one batched product a time ste
 those of ``torch.nn.LSTM``; what comes in is multiplied by :mod:`sublens.kernels.blocked`, for all time steps at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -71,10 +72,20 @@ def lstm(
     return x, torch.stack(last_h), torch.stack(last_c)
 
 
-def _masked(source: Source, samples: int) -> Tensor:
-    out = torch.empty(samples, *source.weight.shape, dtype=torch.float32, device="cpu")
-    cpu.walk(source.weight, source.logits.detach(), source.draw, masked=out, samples=samples)
-    return out
+_AT_ONCE = 2**20
+"""Masked recurrent weights that are held at a time; they are those of one sample at least."""
+
+
+def _parts(source: Source, samples: int) -> Iterator[tuple[slice, Tensor]]:
+    """Samples that are taken together, and their masked weights (k, 4 H, H)."""
+    count = max(1, _AT_ONCE // source.weight.numel())
+    for first in range(0, samples, count):
+        part = slice(first, min(first + count, samples))
+        size = part.stop - part.start
+        masked = torch.empty(size, *source.weight.shape, dtype=torch.float32, device="cpu")
+        draw = replace(source.draw, sample=source.draw.sample + first)
+        cpu.walk(source.weight, source.logits.detach(), draw, masked=masked, samples=size)
+        yield part, masked
 
 
 _of_sigmoid, _of_tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
@@ -95,18 +106,18 @@ class _Layer(torch.autograd.Function):
         came = came.view(samples, steps, m, 4 * size)
         if bias is not None:
             came += bias
-        recurrent = _masked(on, samples).mT
         gates = x.new_empty(steps, samples, m, 4 * size)
         cells, outputs = x.new_empty(steps + 1, samples, m, size), x.new_empty(steps + 1, samples, m, size)
         cells[0], outputs[0] = c, h
-        for t in range(steps):
-            a = torch.baddbmm(came[:, t], outputs[t], recurrent, out=gates[t])
-            i, f, g, o = a.split(size, -1)
-            a[..., : 2 * size].sigmoid_()
-            g.tanh_()
-            o.sigmoid_()
-            torch.mul(f, cells[t], out=cells[t + 1]).addcmul_(i, g)
-            torch.mul(o, cells[t + 1].tanh(), out=outputs[t + 1])
+        for part, recurrent in _parts(on, samples):
+            for t in range(steps):
+                a = torch.baddbmm(came[part, t], outputs[t, part], recurrent.mT, out=gates[t, part])
+                i, f, g, o = a.split(size, -1)
+                a[..., : 2 * size].sigmoid_()
+                g.tanh_()
+                o.sigmoid_()
+                torch.mul(f, cells[t, part], out=cells[t + 1, part]).addcmul_(i, g)
+                torch.mul(o, cells[t + 1, part].tanh(), out=outputs[t + 1, part])
         ctx.save_for_backward(x, gates, cells, outputs, logits_in, logits_on)
         ctx.into, ctx.on = into, on
         return outputs[1:].transpose(0, 1).contiguous(), cells[-1].clone()
@@ -117,25 +128,28 @@ class _Layer(torch.autograd.Function):
         x, gates, cells, outputs, logits_in, logits_on = ctx.saved_tensors
         into, on = ctx.into, ctx.on
         (samples, steps, m, _), size = x.shape, cells.shape[-1]
-        recurrent = _masked(on, samples)
         of_gates = torch.empty_like(gates)
-        of_h, of_c = torch.zeros_like(cells[0]), of_c.contiguous().clone()
-        for t in reversed(range(steps)):
-            i, f, g, o = gates[t].split(size, -1)
-            of_i, of_f, of_g, of_o = of_gates[t].split(size, -1)
-            of_h += of_y[:, t]
-            squashed = cells[t + 1].tanh()
-            torch.mul(of_h, squashed, out=of_o)
-            of_c += _of_tanh(of_h.mul_(o), squashed)
-            torch.mul(of_c, g, out=of_i)
-            torch.mul(of_c, cells[t], out=of_f)
-            torch.mul(of_c, i, out=of_g)
-            of_c *= f
-            both, of_both = gates[t][..., : 2 * size], of_gates[t][..., : 2 * size]
-            _of_sigmoid(of_both, both, grad_input=of_both)
-            _of_sigmoid(of_o, o, grad_input=of_o)
-            _of_tanh(of_g, g, grad_input=of_g)
-            of_h = torch.bmm(of_gates[t], recurrent)
+        of_first = torch.empty_like(cells[0])
+        of_c = of_c.contiguous().clone()
+        for part, recurrent in _parts(on, samples):
+            of_h, of_cell = torch.zeros_like(cells[0, part]), of_c[part]
+            for t in reversed(range(steps)):
+                i, f, g, o = gates[t, part].split(size, -1)
+                of_i, of_f, of_g, of_o = of_gates[t, part].split(size, -1)
+                of_h += of_y[part, t]
+                squashed = cells[t + 1, part].tanh()
+                torch.mul(of_h, squashed, out=of_o)
+                of_cell += _of_tanh(of_h.mul_(o), squashed)
+                torch.mul(of_cell, g, out=of_i)
+                torch.mul(of_cell, cells[t, part], out=of_f)
+                torch.mul(of_cell, i, out=of_g)
+                of_cell *= f
+                both, of_both = gates[t, part, :, : 2 * size], of_gates[t, part, :, : 2 * size]
+                _of_sigmoid(of_both, both, grad_input=of_both)
+                _of_sigmoid(of_o, o, grad_input=of_o)
+                _of_tanh(of_g, g, grad_input=of_g)
+                of_h = torch.bmm(of_gates[t, part], recurrent)
+            of_first[part] = of_h
         # The samples first, as the blocked product has them: the steps of a sample are more rows of its chunk.
         rows = of_gates.transpose(0, 1).contiguous().view(samples, steps * m, 4 * size)
         before = outputs[:-1].transpose(0, 1).contiguous().view(samples, steps * m, size)
@@ -143,4 +157,4 @@ class _Layer(torch.autograd.Function):
         of_x, of_into = blocked.backward(
             rows, x.view(samples, steps * m, -1), into.weight, logits_in, into.draw, wants_x=ctx.needs_input_grad[0]
         )
-        return None if of_x is None else of_x.view(x.shape), of_h, of_c, of_into, of_on, None, None, None
+        return None if of_x is None else of_x.view(x.shape), of_first, of_c, of_into, of_on, None, None, None

@@ -138,7 +138,9 @@ def _backward_long(
     samples, _, width = x.shape
     of_x, of_logits = torch.zeros_like(x) if wants_x else None, _for_gradient(logits)
     for rows in _blocks(samples, weight):
-        of_weights = torch.stack([gradient[k, :, rows].T @ x[k] for k in range(samples)])
+        of_weights = x.new_empty(samples, rows.stop - rows.start, width)
+        for k in range(samples):
+            torch.mm(gradient[k, :, rows].T, x[k], out=of_weights[k])
         masked = torch.empty_like(of_weights) if wants_x else None
         where = {"begin": rows.start * width, "before": first * width}
         cpu.walk(
