@@ -30,7 +30,8 @@ from sublens.kernels.loops import (
     times,
     u16,
 )
-from sublens.kernels.vector import REGISTER, WIDTH, fetch, pointer, product, take, transpose
+from sublens.kernels.product import product
+from sublens.kernels.vector import REGISTER, WIDTH, fetch, pointer, take, transpose
 from sublens.noise import LEVELS, PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables and masked weights, and the sums of the inputs'
