@@ -21,18 +21,15 @@ from sublens.kernels.loops import (
     draw_run,
     f32,
     fill,
-    fold,
     gates,
-    i32,
     i64,
     loop,
     mask,
     times,
-    u16,
 )
 from sublens.kernels.product import product
-from sublens.kernels.vector import REGISTER, WIDTH, fetch, pointer, take, transpose
-from sublens.noise import LEVELS, PATTERNS, TILE
+from sublens.kernels.vector import GROUP, REGISTER, WIDTH, fetch, fold_of, fold_pair_of, pointer, take, transpose
+from sublens.noise import PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables and masked weights, and the sums of the inputs'
 # gradient that it adds to, fill about two thirds of a second-level cache of 512 KiB.
@@ -40,7 +37,7 @@ ROWS, COLUMNS = 48, 256
 _PITCH = COLUMNS + 16  # of a block's rows: not a power of two, or the rows would fight for the same lines of the cache
 _DRAWN = COLUMNS + 2 * TILE  # draws of a row: whole tiles, so more than the row at both ends
 _SLICE, _STRIP = 96, 24  # columns whose masked weights stay in the first-level cache, forward and backward
-PANEL = 32  # columns of the inputs' layout for the weight gradient
+PANEL = GROUP  # columns of the inputs' layout for the weight gradient
 LONGEST = 4 * REGISTER  # rows of a piece at most
 
 # By what the rows of the first operand are apart: a masked block's rows, its columns, and rows of packed gradients.
@@ -53,25 +50,6 @@ LINEAR_FIELDS = 25
 OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
 number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
 PIECES pieces of LENGTH, and a thread takes WIDE columns at a time."""
-
-
-@loop(*[INT] * 6)
-def fold_pair(total: Any, gradients: Any, drawn: Any, odds: Any, pattern: Any, distance: Any) -> None:
-    """:func:`fold` for a panel's row of two antithetic samples, with one division.
-
-    Where the first sample has a and b, the second has b and a. The second's gradients lie ``distance`` numbers on.
-    """
-    s, g = carray(pointer(total), (PANEL,), f32), carray(pointer(gradients), (PANEL,), f32)
-    h = carray(pointer(gradients + 4 * distance), (PANEL,), f32)
-    k, o = carray(pointer(drawn), (PANEL,), u16), carray(pointer(odds), (PANEL,), f32)
-    c = u16(pattern)
-    for j in range(PANEL):
-        a = f32(2 * i32(u16(k[j] ^ c)) + 1)
-        b = f32(2 * LEVELS) - a
-        d, e = a * o[j] + b, b * o[j] + a
-        both = d * e
-        # At the bound of the logits, both^2 is 4e36, and still a float32.
-        s[j] += (g[j] * (e * e) + h[j] * (d * d)) * (a * b * o[j] / (both * both))
 
 
 @loop(INT, INT, INT, INT, INT, INT)
@@ -258,9 +236,10 @@ def _backward(p: Any) -> None:
                         drawn = draws + 2 * (r * _DRAWN + ((p[FIRST] + top + r) * across + left) % TILE + c)
                         at, tile = 4 * (r * _PITCH + c), tiles + 4 * r * PANEL
                         if together == 2:
-                            fold_pair(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], ROWS * PANEL)
+                            other = tile + 4 * ROWS * PANEL
+                            fold_pair_of(total + at, tile, other, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
                         else:
-                            fold(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
+                            fold_of(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
                 if p[OF_INPUTS] != 0:
                     for k in range(i, i + together):
                         _mask_block(scratch, p[COUNTER] + k, top, left, rows, size, p)

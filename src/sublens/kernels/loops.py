@@ -14,7 +14,18 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from sublens.kernels.reference import LOG2_E, LOGIT_BOUND, POLYNOMIAL, ROUNDER
-from sublens.kernels.vector import GROUP, as_float, as_word, draw, limits_and_odds_of, limits_of, pointer, take
+from sublens.kernels.vector import (
+    GROUP,
+    as_float,
+    as_word,
+    draw,
+    fold_of,
+    limits_and_odds_of,
+    limits_of,
+    masked_of,
+    pointer,
+    take,
+)
 from sublens.noise import LEVELS, PATTERNS, TILE
 
 f32, i32, u16, i64 = np.float32, np.int32, np.uint16, np.int64
@@ -84,10 +95,12 @@ def gates(limits: Any, odds: Any, logits: Any, count: Any) -> None:
 @loop(*[INT] * 6)
 def mask(out: Any, weight: Any, drawn: Any, limits: Any, pattern: Any, count: Any) -> None:
     """Masked weights of one sample."""
+    whole = count - count % GROUP
+    masked_of(out, weight, drawn, limits, pattern, whole)
     m, w = carray(pointer(out), (count,), f32), carray(pointer(weight), (count,), f32)
     k, t = carray(pointer(drawn), (count,), u16), carray(pointer(limits), (count,), u16)
     c = u16(pattern)
-    for j in range(count):
+    for j in range(whole, count):
         x = w[j]
         m[j] = x if u16(k[j] ^ c) >= t[j] else f32(0.0)
 
@@ -95,10 +108,12 @@ def mask(out: Any, weight: Any, drawn: Any, limits: Any, pattern: Any, count: An
 @loop(*[INT] * 6)
 def fold(total: Any, gradient: Any, drawn: Any, odds: Any, pattern: Any, count: Any) -> None:
     """Add one sample's gradient of the masked weight times ds/dlogit."""
+    whole = count - count % GROUP
+    fold_of(total, gradient, drawn, odds, pattern, whole)
     s, g = carray(pointer(total), (count,), f32), carray(pointer(gradient), (count,), f32)
     k, o = carray(pointer(drawn), (count,), u16), carray(pointer(odds), (count,), f32)
     c = u16(pattern)
-    for j in range(count):
+    for j in range(whole, count):
         a = f32(2 * i32(u16(k[j] ^ c)) + 1)
         b = f32(2 * LEVELS) - a
         a = a * o[j]

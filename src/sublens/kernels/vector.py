@@ -19,13 +19,14 @@ from sublens.noise import LANES, LEVELS, PARITY, ROTATIONS, ROUNDS
 
 WIDTH = 8
 _LINE = 64  # bytes that a cache moves at a time
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+F32, _I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOATS, _WORDS = ir.VectorType(F32, WIDTH), ir.VectorType(I32, WIDTH)
 # What is compiled for, which Numba's environment variables may change: (triple, name, features).
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 REGISTER = 16 if "+avx512f" in _FEATURES else 8
 """Numbers in a vector of the product, and of the gates."""
 LONG_FLOATS, _LONG_WORDS = ir.VectorType(F32, REGISTER), ir.VectorType(I32, REGISTER)
+_LONG_HALVES = ir.VectorType(_I16, REGISTER)
 # A product and the sum it goes into may be one instruction (fused multiply-add) where the processor has it.
 FUSE = ("contract",)
 
@@ -46,10 +47,10 @@ def spread(b: Any, vector: Any, scalar: Any) -> Any:
     return b.shuffle_vector(b.insert_element(undefined, scalar, ir.Constant(I32, 0)), undefined, first)
 
 
-def load(b: Any, vector: Any, address: Any) -> Any:
+def load(b: Any, vector: Any, address: Any, align: int = 4) -> Any:
     """The vector at an address, which need be a multiple of the size of its numbers only."""
     value = b.load(b.inttoptr(address, vector.as_pointer()))
-    value.align = 4
+    value.align = align
     return value
 
 
@@ -220,9 +221,8 @@ def _emit_gates(b: Any, with_odds: bool, args: Sequence[Any]) -> None:
     t = [b.fdiv(numbers(float(LEVELS)), t[i]) for i in chains]
     t = [b.fadd(t[i], numbers(0.5)) for i in chains]
     t = [b.fptosi(t[i], _LONG_WORDS) for i in chains]
-    halves = ir.VectorType(ir.IntType(16), REGISTER)
     for i in chains:
-        store(b, b.trunc(t[i], halves), b.add(limits, b.mul(places[i], integer(2))))
+        store(b, b.trunc(t[i], _LONG_HALVES), b.add(limits, b.mul(places[i], integer(2))))
     following = b.add(j, integer(GROUP))
     j.add_incoming(following, loop)
     b.cbranch(b.icmp_signed("<", following, count), loop, after)
@@ -230,6 +230,117 @@ def _emit_gates(b: Any, with_odds: bool, args: Sequence[Any]) -> None:
 
 
 limits_of, limits_and_odds_of = _gates(False), _gates(True)
+
+
+def _in_groups(b: Any, count: Any, work: Callable[[list[Any]], None]) -> None:
+    """Do some work for every GROUP of ``count`` numbers, a multiple of it: it is given the first of each vector."""
+    before, loop, after = b.block, b.append_basic_block("group"), b.append_basic_block("grouped")
+    b.cbranch(b.icmp_signed(">", count, integer(0)), loop, after)
+    b.position_at_end(loop)
+    j = b.phi(I64)
+    j.add_incoming(integer(0), before)
+    work([b.add(j, integer(REGISTER * i)) for i in range(GROUP // REGISTER)])
+    following = b.add(j, integer(GROUP))
+    j.add_incoming(following, loop)
+    b.cbranch(b.icmp_signed("<", following, count), loop, after)
+    b.position_at_end(after)
+
+
+def _numbers(b: Any, address: Any, places: list[Any]) -> list[Any]:
+    return [load(b, LONG_FLOATS, b.add(address, b.mul(place, integer(4)))) for place in places]
+
+
+def _halves(b: Any, address: Any, places: list[Any]) -> list[Any]:
+    return [load(b, _LONG_HALVES, b.add(address, b.mul(place, integer(2))), align=2) for place in places]
+
+
+def _put(b: Any, values: list[Any], address: Any, places: list[Any]) -> None:
+    for value, place in zip(values, places, strict=True):
+        store(b, value, b.add(address, b.mul(place, integer(4))))
+
+
+@intrinsic
+def masked_of(typingctx: Any, out: Any, weight: Any, drawn: Any, limits: Any, pattern: Any, count: Any) -> Any:
+    """Write ``count`` masked weights, a multiple of GROUP: a weight where its draw is not below its threshold, or 0."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        out, weight, drawn, limits, pattern, count = args
+        pattern = spread(b, _LONG_HALVES, b.trunc(pattern, _I16))
+        nothing = ir.Constant(LONG_FLOATS, [0.0] * REGISTER)
+
+        def work(places: list[Any]) -> None:
+            x = _numbers(b, weight, places)
+            k, t = _halves(b, drawn, places), _halves(b, limits, places)
+            is_open = [b.icmp_unsigned(">=", b.xor(a, pattern), limit) for a, limit in zip(k, t, strict=True)]
+            _put(b, [b.select(o, one, nothing) for o, one in zip(is_open, x, strict=True)], out, places)
+
+        _in_groups(b, count, work)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+@intrinsic
+def fold_of(typingctx: Any, total: Any, gradient: Any, drawn: Any, odds: Any, pattern: Any, count: Any) -> Any:
+    """Add a sample's gradient of ``count`` masked weights, a multiple of GROUP, times ds/dlogit.
+
+    With u = a / (a + b) and odds o, s is a o / (a o + b), and ds/dlogit is s (1 - s) = a o b / (a o + b)^2.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        total, gradient, drawn, odds, pattern, count = args
+
+        def work(places: list[Any]) -> None:
+            s, g, o = (_numbers(b, address, places) for address in (total, gradient, odds))
+            x, y = _uniform(b, drawn, pattern, places)
+            x = _each(b.fmul, x, o)
+            d = _each(b.fadd, x, y)
+            slope = _each(b.fdiv, _each(b.fmul, x, y), _each(b.fmul, d, d))
+            _put(b, _each(b.fadd, s, _each(b.fmul, g, slope)), total, places)
+
+        _in_groups(b, count, work)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+@intrinsic
+def fold_pair_of(
+    typingctx: Any, total: Any, gradient: Any, other: Any, drawn: Any, odds: Any, pattern: Any, count: Any
+) -> Any:
+    """The same for two antithetic samples, with one division: where the first has a and b, the second has b and a."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        total, gradient, other, drawn, odds, pattern, count = args
+
+        def work(places: list[Any]) -> None:
+            s, g, h, o = (_numbers(b, address, places) for address in (total, gradient, other, odds))
+            x, y = _uniform(b, drawn, pattern, places)
+            d = _each(b.fadd, _each(b.fmul, x, o), y)
+            e = _each(b.fadd, _each(b.fmul, y, o), x)
+            both = _each(b.fmul, d, e)
+            # At the bound of the logits, both^2 is 4e36, and still a float32.
+            slope = _each(b.fdiv, _each(b.fmul, _each(b.fmul, x, y), o), _each(b.fmul, both, both))
+            of_first, of_second = _each(b.fmul, g, _each(b.fmul, e, e)), _each(b.fmul, h, _each(b.fmul, d, d))
+            _put(b, _each(b.fadd, s, _each(b.fmul, _each(b.fadd, of_first, of_second), slope)), total, places)
+
+        _in_groups(b, count, work)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
+def _each(operation: Callable[[Any, Any], Any], x: list[Any], y: list[Any]) -> list[Any]:
+    return [operation(one, other) for one, other in zip(x, y, strict=True)]
+
+
+def _uniform(b: Any, drawn: Any, pattern: Any, places: list[Any]) -> tuple[list[Any], list[Any]]:
+    """2 k + 1 and 2 LEVELS less that, whose quotient is u / (1 - u), as float32 numbers; both are exact."""
+    pattern = spread(b, _LONG_HALVES, b.trunc(pattern, _I16))
+    one, levels = ir.Constant(_LONG_WORDS, [1] * REGISTER), ir.Constant(LONG_FLOATS, [2.0 * LEVELS] * REGISTER)
+    k = [b.zext(b.xor(draws, pattern), _LONG_WORDS) for draws in _halves(b, drawn, places)]
+    x = [b.sitofp(b.or_(b.shl(words, one), one), LONG_FLOATS) for words in k]
+    return x, [b.fsub(levels, each) for each in x]
 
 
 @intrinsic
