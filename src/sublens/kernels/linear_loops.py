@@ -6,7 +6,7 @@ the second-level cache, and so does what they are multiplied with.
 
 from typing import Any
 
-from numba import carray, cfunc, types
+from numba import carray, cfunc, njit, types
 
 from sublens.kernels.loops import (
     COUNTER,
@@ -28,7 +28,7 @@ from sublens.kernels.loops import (
     times,
 )
 from sublens.kernels.product import product
-from sublens.kernels.vector import GROUP, REGISTER, WIDTH, fetch, fold_of, fold_pair_of, pointer, take, transpose
+from sublens.kernels.vector import GROUP, REGISTER, WIDTH, fold_of, fold_pair_of, pointer, take, transpose
 from sublens.noise import PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables and masked weights, and the sums of the inputs'
@@ -110,15 +110,19 @@ def _panel(source: Any, source_r: Any, target: Any, chunk: Any, rows: Any, size:
             t[r * PANEL + j] = s[r * source_r + j] if r < chunk and j < size else f32(0.0)
 
 
-@loop(*[INT] * 5, WORDS)
-def _ahead(top: Any, left: Any, call: Any, calls: Any, rows: Any, p: Any) -> None:
-    """Fetch a share of the weights and logits that come next, while products keep the processor busy."""
-    across = p[ACROSS]
-    size = min(p[WIDE], across - left)
-    for r in range(call * rows // calls, (call + 1) * rows // calls):
-        element = 4 * ((top + r) * across + left)
-        fetch(p[WEIGHT] + element, size)
-        fetch(p[LOGITS] + element, size)
+_SHARE_AHEAD = types.UniTuple(types.int64, 2)
+
+
+@njit(_SHARE_AHEAD(*[INT] * 5, WORDS), error_model="numpy", cache=True, nogil=True)
+def _ahead(top: Any, left: Any, size: Any, call: Any, calls: Any, p: Any) -> Any:
+    """Where a share of the weights and logits that come next begins in their first row, and how many numbers it is.
+
+    They are fetched while products keep the processor busy: weights in every other call, logits in those between.
+    """
+    times, turn = (calls + 1 - call % 2) // 2, call // 2
+    begin, end = turn * size // times, (turn + 1) * size // times
+    array = p[WEIGHT] if call % 2 == 0 else p[LOGITS]
+    return array + 4 * (top * p[ACROSS] + left + begin), end - begin
 
 
 # Scratch of a thread, in bytes from its beginning.
@@ -175,10 +179,12 @@ def _forward(p: Any) -> None:
                         piece = i * pieces + part
                         x = p[INPUTS] + 4 * (piece * across + left + c) * length
                         y = sums + 4 * piece * ROWS * length
-                        _by_rows(length // REGISTER, rows, scratch + _BLOCK + 4 * c, 1, _PITCH, 0, x, length, 0, y,
-                                 length, min(_SLICE, size - c), 1, i64(left + c == 0))  # fmt: skip
+                        ahead, count = 0, 0
                         if left + wide < across:
-                            _ahead(top, left + wide, call, calls, rows, p)
+                            ahead, count = _ahead(top, left + wide, min(wide, across - left - wide), call, calls, p)
+                        _by_rows(length // REGISTER, rows, scratch + _BLOCK + 4 * c, 1, _PITCH, 0, x, length, 0, y,
+                                 length, min(_SLICE, size - c), 1, i64(left + c == 0), ahead, across,
+                                 count)  # fmt: skip
                         call += 1
         for i in range(samples):
             for first in range(0, chunk, length):
@@ -225,10 +231,12 @@ def _backward(p: Any) -> None:
                     for k in range(i, i + together):
                         g = p[GRADIENT] + 4 * (k * pieces * height + top) * length
                         x = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
-                        _by_pieces(PANEL // REGISTER, rows, g, 1, length, height * length, x, PANEL, length * PANEL,
-                                   tiles + 4 * (k - i) * ROWS * PANEL, PANEL, length, pieces, 1)  # fmt: skip
+                        ahead, count = 0, 0
                         if top + ROWS < height:
-                            _ahead(top + ROWS, left, call, calls, min(ROWS, height - top - ROWS), p)
+                            ahead, count = _ahead(top + ROWS, left, size, call, calls, p)
+                        _by_pieces(PANEL // REGISTER, rows, g, 1, length, height * length, x, PANEL, length * PANEL,
+                                   tiles + 4 * (k - i) * ROWS * PANEL, PANEL, length, pieces, 1, ahead, across,
+                                   count)  # fmt: skip
                         call += 1
                     # Of a panel beyond the weight's last column the rest is computed too, from whatever the tables
                     # hold there, and never read.
@@ -249,7 +257,7 @@ def _backward(p: Any) -> None:
                                 g = p[GRADIENT] + 4 * (piece * height + top) * length
                                 x = of_inputs + 4 * (piece * size + c) * length
                                 _by_columns(length // REGISTER, min(_STRIP, size - c), scratch + _BLOCK + 4 * c, _PITCH,
-                                            1, 0, g, length, 0, x, length, rows, 1, i64(top == 0))  # fmt: skip
+                                            1, 0, g, length, 0, x, length, rows, 1, i64(top == 0), 0, 0, 0)  # fmt: skip
                 i += together
             for r in range(rows):
                 element = 4 * ((top + r) * across + left)

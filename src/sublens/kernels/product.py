@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from sublens.kernels.vector import F32, FUSE, I64, LONG_FLOATS, REGISTER, integer, load, spread, store
+from sublens.kernels.vector import F32, FUSE, I64, LONG_FLOATS, REGISTER, fetch, integer, load, spread, store
 
 
 def _emit_panel(b: Any, rows: int, vectors: int, apart: int, args: Sequence[Any]) -> None:
@@ -107,10 +107,12 @@ def _by(vectors: int, apart: int) -> Any:
     @njit(error_model="numpy", nogil=True)
     def run(
         rows: Any, a: Any, a_t: Any, a_r: Any, a_o: Any, b: Any, b_t: Any, b_o: Any, c: Any, c_r: Any, n: Any, m: Any,
-        fresh: Any,
+        fresh: Any, ahead: Any, ahead_r: Any, ahead_n: Any,
     ) -> None:  # fmt: skip
         r = 0
         while r + many <= rows:
+            for i in range(r, r + many):
+                fetch(ahead + 4 * ahead_r * i, ahead_n)
             of_many(a + 4 * a_r * r, a_t, a_r, a_o, b, b_t, b_o, c + 4 * c_r * r, c_r, n, m, fresh)
             r += many
         while r + few <= rows:
@@ -132,9 +134,10 @@ _ROWS = (
 def product(apart: int = 0) -> Any:
     """A function for Numba: C[r] += sum over o < m and t < n of A[o, t, r] B[o, t], for rows of 1 to 4 vectors.
 
-    It takes ``(vectors, rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh)``: A, B and C are addresses of
-    float32 data; ``a_t`` is the stride of A along t, and so on; vectors are contiguous; n and m are at least 1. If
-    ``fresh`` is not 0, what C held before does not count.
+    It takes ``(vectors, rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)``: A, B and
+    C are addresses of float32 data; ``a_t`` is the stride of A along t, and so on; vectors are contiguous; n and m are
+    at least 1. If ``fresh`` is not 0, what C held before does not count. While the rows are computed, as many of
+    ``ahead_n`` numbers, ``ahead_r`` apart, are fetched from ``ahead`` on: a few at a time, so that products hide it.
 
     Args:
         apart: the stride of A along r, if it is always the same. It is then part of the instructions. Otherwise one
@@ -145,15 +148,15 @@ def product(apart: int = 0) -> Any:
     @njit(error_model="numpy", nogil=True)
     def run(
         vectors: Any, rows: Any, a: Any, a_t: Any, a_r: Any, a_o: Any, b: Any, b_t: Any, b_o: Any, c: Any, c_r: Any,
-        n: Any, m: Any, fresh: Any,
+        n: Any, m: Any, fresh: Any, ahead: Any, ahead_r: Any, ahead_n: Any,
     ) -> None:  # fmt: skip
         if vectors == 4:
-            by_4(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh)
+            by_4(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)
         elif vectors == 3:
-            by_3(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh)
+            by_3(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)
         elif vectors == 2:
-            by_2(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh)
+            by_2(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)
         else:
-            by_1(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh)
+            by_1(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)
 
     return run
