@@ -1,6 +1,7 @@
 """A table of networks that must work unmodified, each with its inputs and where the batch is in its outputs."""
 
 import gzip
+import signal
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,12 @@ from torch.nn.utils.parametrizations import weight_norm
 T, D, H = 5, 8, 12  # positions, features in, features within; no batch has these sizes
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Ctrl-C does what it does in a terminal, also where the tests are started in the background, with it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
