@@ -202,8 +202,14 @@ def test_a_pruned_network_is_stored_and_loaded_without_sublens(tmp_path):
     assert done.returncode == 0, done.stderr
     with torch.no_grad(), mask.applied(network):
         expected = network(**tokens())[0]
-    assert torch.equal(torch.load(tmp_path / "output.pt"), expected)
-    assert not torch.allclose(network(**tokens())[0], expected)
+    stored = type(network).from_pretrained(tmp_path / "masked")
+    for name, parameter in mask.apply(network).named_parameters():
+        assert torch.equal(stored.get_parameter(name), parameter)
+    # Outputs of two processes may be summed in another order (once they differed by 4e-5 of themselves). What the mask
+    # removes changes them by far more.
+    near = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(torch.load(tmp_path / "output.pt"), expected, **near)
+    assert not torch.allclose(network(**tokens())[0], expected, **near)
 
 
 def test_text_is_generated_under_a_mask():
