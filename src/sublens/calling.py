@@ -35,8 +35,7 @@ def call_with(
     for name, buffer in network.named_buffers(remove_duplicate=False):
         tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
     with at_rest(network), around(tensors):
-        # Every name has its tensor, tied ones the same, so that nobody needs to look for what is missing or tied.
-        return functional_call(network, tensors, args, kwargs, tie_weights=False)
+        return functional_call(network, tensors, args, kwargs, strict=True)
 
 
 def plain(name: str, weight: Tensor) -> Tensor:
@@ -54,10 +53,10 @@ def at_rest(network: nn.Module) -> Iterator[None]:
             for m in modules if "_flat_weights" in m.__dict__]  # fmt: skip
     try:
         for m in training:
-            object.__setattr__(m, "training", False)  # a module's own is slow, as it looks for parameters
+            m.training = False
         yield
     finally:
         for m in training:
-            object.__setattr__(m, "training", True)
+            m.training = True
         for m, weights, refs in flat:
             m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = weights, refs
