@@ -566,3 +566,43 @@ def test_a_look_that_is_interrupted_is_no_agreement(monkeypatch: pytest.MonkeyPa
         with pytest.raises(KeyboardInterrupt):
             masked(inputs(1)[0])
     assert routes(masked) == [True]
+
+
+class WritesBack(nn.Module):
+    """Changes what a layer was given, transposed, after the layer has taken it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.output = nn.Linear(6, 6), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = self.first(x.transpose(1, 2))
+        x.add_(1.0)
+        return self.output(y.transpose(1, 2) + x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_network_may_write_into_what_a_layer_was_given(samples: int) -> None:
+    masked = sl.MaskedNetwork(WritesBack(), samples=samples)
+    for _ in range(2):
+        masked(torch.randn(4, 6, 5)).sum().backward()
+    assert all(bool(logits.grad.any()) for logits in masked.logits.values() if logits.grad is not None)
+
+
+@pytest.mark.parametrize("rows", [20, 300])
+def test_a_gradient_is_found_also_where_a_graph_of_it_is_asked_for(rows: int) -> None:
+    masked = sl.MaskedNetwork(chain(nn.Tanh()), samples=1)
+    x = torch.randn(rows, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(masked(x).sum(), x, create_graph=True)
+    assert bool(gradient.any())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripted_dropout_is_off() -> None:
+    network = nn.Sequential(nn.Linear(6, 6), torch.jit.script(nn.Dropout(0.5)), nn.Linear(6, 3))
+    masked = sl.MaskedNetwork(network, samples=1).eval()
+    x = torch.randn(8, 6)
+    assert torch.equal(masked(x), masked(x))
+    assert network[1].training

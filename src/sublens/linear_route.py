@@ -275,20 +275,19 @@ class _LinearOfSamples(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int) -> Tensor:
-        # As it came, which is often a view of what is kept anyway: a copy in order would stay until the backward pass.
-        ctx.save_for_backward(x, logits, weight)
-        ctx.draw, ctx.first = draw, first  # type: ignore[attr-defined]
-        y = blocked.forward(_in_order(x), weight, logits.detach(), draw, first)
+        # In order, as torch's own layer keeps it: a network may write into a transposed input afterwards.
+        flat = _in_order(x)
+        ctx.save_for_backward(flat, logits, weight)
+        ctx.draw, ctx.first, ctx.shape = draw, first, x.shape  # type: ignore[attr-defined]
+        y = blocked.forward(flat, weight, logits.detach(), draw, first)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         x, logits, weight = ctx.saved_tensors
         wants = ctx.needs_input_grad[0]
-        of_x, of_logits = blocked.backward(
-            _in_order(gradient), _in_order(x), weight, logits, ctx.draw, ctx.first, wants_x=wants
-        )
-        return None if of_x is None else of_x.view(x.shape), of_logits, None, None, None
+        of_x, of_logits = blocked.backward(_in_order(gradient), x, weight, logits, ctx.draw, ctx.first, wants_x=wants)
+        return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None, None
 
 
 def _in_order(x: Tensor) -> Tensor:

@@ -403,8 +403,8 @@ class MaskedNetwork(nn.Module):
 
     def _chunk_by_linear_layers(self, step: int, sample: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return self._call(self._put(step, 1, sample), args, kwargs)
-        except linear_route.NotLinearError:  # with a batch of this size the network does something else
+            return self._call(self._put(step, 1, sample), *copied((args, kwargs)))
+        except Exception:  # with a batch of this size the network does something else: see _by_linear_layers
             return self._by_chunk(step, sample, args, kwargs)
 
     def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:

@@ -2,7 +2,7 @@
 
 A masked weight never stands in main memory: a block is masked for each sample into a scratch that fits the cache, and
 is multiplied there. The backward pass redraws the same samples, and folds the K weight gradients of a block into the
-logits' gradient while they are in the cache. The products are our own (:func:`sublens.kernels.vector.product`),
+logits' gradient while they are in the cache. The products are our own (:func:`sublens.kernels.product.product`),
 because a library's product first copies the weight into a layout of its own, which costs as much as masking it. Where
 a chunk has so many rows that this no longer matters, the library's product multiplies larger blocks.
 
@@ -132,6 +132,7 @@ def _forward_long(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: 
     return y
 
 
+@torch.no_grad()  # where a graph of the gradient is asked for, there is none, as for short chunks
 def _backward_long(
     gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, wants_x: bool
 ) -> tuple[Tensor | None, Tensor]:
