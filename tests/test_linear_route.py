@@ -606,3 +606,29 @@ def test_scripted_dropout_is_off() -> None:
     x = torch.randn(8, 6)
     assert torch.equal(masked(x), masked(x))
     assert network[1].training
+
+
+class TwoNames(nn.Module):
+    """Its layers are modules under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.again, self.norm_again = self.first, self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_again(self.again(self.norm(self.first(x))))  # type: ignore[no-any-return]
+
+
+def test_a_module_with_two_names_keeps_what_it_has() -> None:
+    network = TwoNames()
+    before = dict([*network.named_parameters(), *network.named_buffers()])
+    masked = sl.MaskedNetwork(network, samples=2)
+    for _ in range(3):
+        masked(torch.randn(4, 6)).sum().backward()
+    masked.eval()(torch.randn(4, 6))
+    after = dict([*network.named_parameters(), *network.named_buffers()])
+    assert before.keys() == after.keys()
+    assert all(after[name] is tensor for name, tensor in before.items())
+    assert all(logits.grad is not None and bool(logits.grad.any()) for logits in masked.logits.values())

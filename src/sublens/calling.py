@@ -51,6 +51,10 @@ def at_rest(network: nn.Module) -> Iterator[None]:
     # Recurrent layers keep a list of their weights, which a functional call replaces and does not restore.
     flat = [(m, m.__dict__["_flat_weights"], m.__dict__.get("_flat_weight_refs"))
             for m in modules if "_flat_weights" in m.__dict__]  # fmt: skip
+    # A module that has two names is given other tensors twice, and a functional call then puts back the first ones.
+    own: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (tensors, dict(tensors)) for m in modules for tensors in (m._parameters, m._buffers)
+    ]
     try:
         for m in training:
             m.training = False
@@ -58,5 +62,9 @@ def at_rest(network: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+        for tensors, before in own:
+            for name, tensor in before.items():
+                if tensors.get(name) is not tensor:
+                    tensors[name] = tensor
         for m, weights, refs in flat:
             m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = weights, refs
