@@ -109,6 +109,18 @@ def test_walk_over_a_run_is_that_run_of_the_whole(begin: int, count: int, sample
     assert bool(((result - expected).abs() <= ROUNDING * magnitude + 1e-37).all())
 
 
+@pytest.mark.parametrize("offset", range(17))
+def test_a_gradient_may_begin_anywhere_in_memory(offset: int) -> None:
+    """Whole lines of the cache are written past it, what lies before and after them is not, and neighbours stay."""
+    for size in (1, 15, 31, 64, 100, 515):
+        weight, logits, gradient = problem(size, seed=size)
+        around = torch.full((offset + size + 40,), torch.nan)
+        result = around[offset : offset + size]
+        cpu.walk(weight, logits, DRAW, gradient=gradient, result=result)
+        assert same_bits(result, cpu.logit_gradient(gradient, weight, logits, DRAW))
+        assert int(around.isnan().sum()) == offset + 40
+
+
 def test_walk_with_nothing_to_do_says_so() -> None:
     weight, logits, _ = problem(5)
     with pytest.raises(ValueError, match="nothing to do"):

@@ -28,7 +28,7 @@ from sublens.kernels.loops import (
     times,
 )
 from sublens.kernels.product import product
-from sublens.kernels.vector import GROUP, REGISTER, WIDTH, fold_of, fold_pair_of, pointer, take, transpose
+from sublens.kernels.vector import GROUP, REGISTER, WIDTH, fold_of, fold_pair_of, pointer, take, transpose, written
 from sublens.noise import PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables and masked weights, and the sums of the inputs'
@@ -268,6 +268,7 @@ def _backward(p: Any) -> None:
                     x = p[OF_INPUTS] + 4 * ((i * chunk + first) * across + left)
                     columns = of_inputs + 4 * (i * pieces + first // length) * size * length
                     _rows_of(columns, length, x, across, min(length, chunk - first), size)
+    written()
 
 
 @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)

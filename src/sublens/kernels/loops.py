@@ -16,6 +16,7 @@ from numba import carray, cfunc, njit, types
 from sublens.kernels.reference import LOG2_E, LOGIT_BOUND, POLYNOMIAL, ROUNDER
 from sublens.kernels.vector import (
     GROUP,
+    REGISTER,
     as_float,
     as_word,
     draw,
@@ -25,6 +26,8 @@ from sublens.kernels.vector import (
     masked_of,
     pointer,
     take,
+    times_of,
+    written,
 )
 from sublens.noise import LEVELS, PATTERNS, TILE
 
@@ -123,10 +126,15 @@ def fold(total: Any, gradient: Any, drawn: Any, odds: Any, pattern: Any, count: 
 
 @loop(*[INT] * 4)
 def times(out: Any, total: Any, weight: Any, count: Any) -> None:
-    """The weight's part of the logits' gradient."""
+    """The weight's part of the logits' gradient, which is written past the caches: end with ``written()``."""
     r, s = carray(pointer(out), (count,), f32), carray(pointer(total), (count,), f32)
     w = carray(pointer(weight), (count,), f32)
-    for j in range(count):
+    begin = min(-(out // 4) % REGISTER, count)
+    end = count - (count - begin) % GROUP
+    for j in range(begin):
+        r[j] = s[j] * w[j]
+    times_of(out + 4 * begin, total + 4 * begin, weight + 4 * begin, end - begin)
+    for j in range(end, count):
         r[j] = s[j] * w[j]
 
 
@@ -177,6 +185,7 @@ def _walk(p: Any) -> None:
                 fold(s, p[GRADIENT] + row, k, o, pattern, size)
         if p[RESULT] != 0:
             times(p[RESULT] + at, s, p[WEIGHT] + at, size)
+    written()
 
 
 @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
