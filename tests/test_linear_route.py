@@ -632,3 +632,46 @@ def test_a_module_with_two_names_keeps_what_it_has() -> None:
     assert before.keys() == after.keys()
     assert all(after[name] is tensor for name, tensor in before.items())
     assert all(logits.grad is not None and bool(logits.grad.any()) for logits in masked.logits.values())
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("make", [lambda: chain(nn.ReLU()), Residual], ids=["chain", "residual"])
+@pytest.mark.parametrize("width", [5, 7])
+def test_an_input_of_another_width_is_an_error_and_changes_nothing(
+    make: Callable[[], nn.Module], samples: int, width: int
+) -> None:
+    torch.manual_seed(0)
+    masked, right, wrong = sl.MaskedNetwork(make(), samples=samples), torch.randn(8, 6), torch.randn(8, width)
+    for attempt in range(2):
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            masked(wrong)
+        masked(right)
+        assert list(masked._general.values()) == [False], f"call {attempt} sent later calls the slow way"
+
+
+class Biased(nn.Module):
+    """A linear layer whose bias is what a test says."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4, bias=False)
+        self.layer.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize(
+    "bias", [torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 8)[::2], torch.ones(1), torch.ones(1, 4)], ids=str
+)
+def test_a_bias_of_any_form_is_added_as_by_the_general_route(
+    bias: Tensor, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network, x = Biased(bias), torch.randn(8, 6)
+    fast = sl.MaskedNetwork(network, samples=samples)
+    y = fast(x)
+    assert list(fast._general.values()) == [False]
+    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    torch.testing.assert_close(y, sl.MaskedNetwork(network, samples=samples)(x), rtol=1e-5, atol=1e-5)

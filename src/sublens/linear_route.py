@@ -34,6 +34,10 @@ class NotLinearError(Exception):
     """A masked weight was used otherwise than by a linear layer; the general route takes over."""
 
 
+class WidthError(NotLinearError):
+    """An input is not as wide as the weight it meets. The general route fails too, with the network's own error."""
+
+
 _LINEAR = {
     (nn.Linear, "weight"),
     (nn.modules.linear.NonDynamicallyQuantizableLinear, "weight"),  # of nn.MultiheadAttention
@@ -162,8 +166,9 @@ class GatedWeight(Tensor):
         if func is nn.functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, GatedWeight) and not isinstance(x, GatedWeight):
-                y = _linear(x, weight.source)
-                return y if bias is None else y + bias
+                within = _bias_within(bias, weight.source)
+                y = _linear(x, weight.source, bias if within else None)
+                return y if within or bias is None else y + bias
         if func is nn.functional.multi_head_attention_forward:
             return cls._attention(args, kwargs)
         if func is torch.lstm:
@@ -205,10 +210,25 @@ def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, A
     return input, weight, bias
 
 
-def _linear(x: Tensor, source: _Source) -> Tensor:
+def _bias_within(bias: Any, source: _Source) -> bool:
+    """Whether the blocked product adds the bias: not one that is trained, is no ordinary tensor, or is broadcast."""
+    return (
+        isinstance(bias, Tensor)
+        and not bias.requires_grad
+        and source.chunks > 0
+        and bias.shape == source.weight.shape[:1]
+        and cpu.applies(bias, source.logits)
+        and bias.is_contiguous()
+    )
+
+
+def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
+    if x.shape[-1:] != source.weight.shape[1:]:
+        raise WidthError(f"an input of shape {tuple(x.shape)} for a weight of {tuple(source.weight.shape)}")
     parts = (source.logits, source.weight, source.draw, source.first)
     if source.chunks == 0:
         return _Linear.apply(x, *parts)  # type: ignore[no-any-return]
+    rest = (*parts, source.chunks, bias)
     if x.dtype != torch.float32 or x.numel() == 0:
         raise NotLinearError(f"an input of {x.dtype} and shape {tuple(x.shape)}")
     if source.chunks > 1 and source.examples:
@@ -217,12 +237,12 @@ def _linear(x: Tensor, source: _Source) -> Tensor:
         if x.dim() == 3 and x.shape[1] == source.examples and x.transpose(0, 1).is_contiguous():
             # As attention sees batches that come first: so the chunks lie in memory already.
             chunked = x.transpose(0, 1).unflatten(0, (source.chunks, -1))
-            return _LinearOfSamples.apply(chunked, *parts).flatten(0, 1).transpose(0, 1).contiguous()  # type: ignore[no-any-return]
+            return _LinearOfSamples.apply(chunked, *rest).flatten(0, 1).transpose(0, 1).contiguous()  # type: ignore[no-any-return]
         chunked = x.reshape(-1, source.chunks, source.examples // source.chunks, x.shape[-1]).movedim(1, 0)
-        return _LinearOfSamples.apply(chunked, *parts).movedim(0, 1).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
-    chunked = x.unsqueeze(0) if source.chunks == 1 else x.unflatten(0, (source.chunks, -1))
-    y: Tensor = _LinearOfSamples.apply(chunked, *parts)
-    return y.squeeze(0) if source.chunks == 1 else y.flatten(0, 1)
+        return _LinearOfSamples.apply(chunked, *rest).movedim(0, 1).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+    if source.chunks > 1 and (x.dim() == 1 or x.shape[0] % source.chunks):
+        raise NotLinearError(f"an input of shape {tuple(x.shape)} for {source.chunks} chunks")
+    return _LinearOfSamples.apply(x, *rest)  # type: ignore[no-any-return]
 
 
 def _lstm(
@@ -267,32 +287,39 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, *parts: Any) -> tuple[Tensor, int]:
-        return _LinearOfSamples.apply(x.movedim(in_dims[0], 0), *parts), 0
+        x = x.movedim(in_dims[0], 0)
+        return _LinearOfSamples.apply(x, *parts, x.shape[0], None), 0
 
 
 class _LinearOfSamples(torch.autograd.Function):
-    """(K, ..., in) inputs under K samples. Keeps inputs, logits and weight for the backward pass, no sample."""
+    """Inputs (..., in), whose first dimension holds K chunks, under K samples.
+
+    Keeps inputs, logits and weight for the backward pass, no sample.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int, chunks: int,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         # In order, as torch's own layer keeps it: a network may write into a transposed input afterwards.
-        flat = _in_order(x)
+        flat = _in_order(x, chunks)
         ctx.save_for_backward(flat, logits, weight)
         ctx.draw, ctx.first, ctx.shape = draw, first, x.shape  # type: ignore[attr-defined]
-        y = blocked.forward(flat, weight, logits.detach(), draw, first)
+        y = blocked.forward(flat, weight, logits.detach(), draw, first, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, logits, weight = ctx.saved_tensors
-        wants = ctx.needs_input_grad[0]
-        of_x, of_logits = blocked.backward(_in_order(gradient), x, weight, logits, ctx.draw, ctx.first, wants_x=wants)
-        return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None, None
+        wants, gradient = ctx.needs_input_grad[0], _in_order(gradient, x.shape[0])
+        of_x, of_logits = blocked.backward(gradient, x, weight, logits, ctx.draw, ctx.first, wants_x=wants)
+        return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None, None, None, None
 
 
-def _in_order(x: Tensor) -> Tensor:
-    """(K, ..., n) as (K, rows, n), contiguous."""
-    return x.reshape(x.shape[0], -1, x.shape[-1]).contiguous()
+def _in_order(x: Tensor, chunks: int) -> Tensor:
+    """(..., n), whose first dimension holds the chunks, as (K, rows, n), contiguous."""
+    return x.reshape(chunks, -1, x.shape[-1]).contiguous()
 
 
 def over_chunks(call: Callable[..., Any], batch: Batch, chunks: int, *, copy: bool) -> list[Any]:

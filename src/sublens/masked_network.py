@@ -438,6 +438,8 @@ class MaskedNetwork(nn.Module):
         try:
             with recomputation.refused():
                 outputs = call(first)
+        except linear_route.WidthError:
+            return None  # a mistake in this call, which says nothing of others
         except Exception:
             # The network, or this kind of call, cannot go this way. The general route decides: if it fails too, its
             # error is the network's own and is the one to be seen.

@@ -102,10 +102,9 @@ class _Layer(torch.autograd.Function):
         samples, steps, m, _ = x.shape
         size = on.weight.shape[1]
         x, h, c = (tensor.contiguous() for tensor in (x, h, c))
-        came = blocked.forward(x.view(samples, steps * m, -1), into.weight, logits_in.detach(), into.draw)
+        rows = x.view(samples, steps * m, -1)
+        came = blocked.forward(rows, into.weight, logits_in.detach(), into.draw, bias=bias)
         came = came.view(samples, steps, m, 4 * size)
-        if bias is not None:
-            came += bias
         gates = x.new_empty(steps, samples, m, 4 * size)
         cells, outputs = x.new_empty(steps + 1, samples, m, size), x.new_empty(steps + 1, samples, m, size)
         cells[0], outputs[0] = c, h

@@ -45,8 +45,10 @@ def agrees() -> bool:
 
 
 @threads.untraced
-def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 0) -> Tensor:
-    """Each sample's inputs times its masked weight, transposed.
+def forward(
+    x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 0, bias: Tensor | None = None
+) -> Tensor:
+    """Each sample's inputs times its masked weight, transposed, plus the bias.
 
     Args:
         x: (K, m, in) float32, chunk k in row k; contiguous.
@@ -54,6 +56,7 @@ def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 
         logits: as ``weight``.
         draw: names sample 0 of K.
         first: row of the parameter that is the first of ``weight``, if that is not the whole parameter.
+        bias: (out) float32, contiguous.
 
     Returns:
         (K, m, out) float32.
@@ -61,13 +64,14 @@ def forward(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 
     samples, m, _ = x.shape
     height = weight.shape[0]
     if m >= _LONG:
-        return _forward_long(x, weight, logits, draw, first)
+        y = _forward_long(x, weight, logits, draw, first)
+        return y if bias is None else y.add_(bias)
     loops = cpu.compiled("linear_loops")
-    packed, y = _packed(x), x.new_empty(samples, m, height)
+    y = x.new_empty(samples, m, height)
     p = _fields(x, weight, logits, draw, first)
-    p[loops.INPUTS], p[loops.GRADIENT] = packed.data_ptr(), y.data_ptr()
-    p[loops.WIDE] = loops.COLUMNS
-    _run(loops.forward, p, loops.ROWS)
+    p[loops.GRADIENT], p[loops.WIDE] = y.data_ptr(), loops.COLUMNS
+    p[loops.BIAS] = 0 if bias is None else bias.data_ptr()
+    _run(loops.forward, p, loops.ROWS, x)
     return y
 
 
@@ -93,15 +97,15 @@ def backward(
     if m >= _LONG:
         return _backward_long(gradient, x, weight, logits, draw, first, wants_x)
     loops = cpu.compiled("linear_loops")
-    packed, of_logits = _packed(gradient), _for_gradient(logits)
+    of_logits = _for_gradient(logits)
     of_x = torch.empty_like(x) if wants_x else None
     p = _fields(x, weight, logits, draw, first)
-    p[loops.GRADIENT], p[loops.RESULT], p[loops.INPUTS] = packed.data_ptr(), of_logits.data_ptr(), x.data_ptr()
+    p[loops.GRADIENT], p[loops.RESULT] = gradient.data_ptr(), of_logits.data_ptr()
     p[loops.OF_INPUTS] = 0 if of_x is None else of_x.data_ptr()
     # At least two blocks of columns for each thread, and inputs in no more scratch than a cache holds.
     most = min(loops.COLUMNS, width // (2 * torch.get_num_threads()), _INPUTS // _rows(x))
     p[loops.WIDE] = max(1, most // loops.PANEL) * loops.PANEL
-    _run(loops.backward, p, 2 * int(p[loops.WIDE]))
+    _run(loops.backward, p, 2 * int(p[loops.WIDE]), gradient)
     return of_x, of_logits
 
 
@@ -183,6 +187,7 @@ def _fields(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int) -
     loops = cpu.compiled("linear_loops")
     p = np.zeros(loops.LINEAR_FIELDS, np.int64)
     p[loops.WEIGHT], p[loops.LOGITS], p[loops.SAMPLES] = weight.data_ptr(), logits.data_ptr(), x.shape[0]
+    p[loops.INPUTS] = x.data_ptr()
     p[loops.HEIGHT], p[loops.ACROSS] = weight.shape
     p[loops.CHUNK_ROWS] = x.shape[1]
     p[loops.PIECES], p[loops.LENGTH] = pieces(x.shape[1])
@@ -205,10 +210,12 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _run(loop: object, p: np.ndarray, columns: int) -> None:
-    """Run a loop that holds so many columns of all chunks at a time."""
+def _run(loop: object, p: np.ndarray, columns: int, packed: Tensor) -> None:
+    """Run a loop that holds so many columns of all chunks at a time, and first packs the rows of a tensor."""
     loops = cpu.compiled("linear_loops")
     rows = int(p[loops.SAMPLES] * p[loops.PIECES] * p[loops.LENGTH])
+    room = packed.new_empty(rows * packed.shape[2])
+    p[loops.PACKED] = room.data_ptr()
     parallel = rows * p[loops.HEIGHT] * p[loops.ACROSS] >= _SMALL
     p[loops.SHARE] = loops.MORE + 4 * rows * columns
     p[loops.SCRATCH] = _scratch.address(int(p[loops.SHARE]) * (torch.get_num_threads() if parallel else 1))
@@ -223,11 +230,3 @@ def _rows(x: Tensor) -> int:
     """Rows of all chunks, in whole pieces."""
     count, length = pieces(x.shape[1])
     return x.shape[0] * count * length
-
-
-def _packed(x: Tensor) -> Tensor:
-    loops = cpu.compiled("linear_loops")
-    packed = x.new_empty(_rows(x) * x.shape[2])
-    p = np.array([0, x.data_ptr(), packed.data_ptr(), *x.shape, *pieces(x.shape[1])], np.int64)
-    threads.run(loops.pack.address, p.ctypes.data, parallel=x.numel() >= _SMALL)
-    return packed

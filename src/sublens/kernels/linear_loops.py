@@ -28,7 +28,18 @@ from sublens.kernels.loops import (
     times,
 )
 from sublens.kernels.product import product
-from sublens.kernels.vector import GROUP, REGISTER, WIDTH, fold_of, fold_pair_of, pointer, take, transpose, written
+from sublens.kernels.vector import (
+    GROUP,
+    REGISTER,
+    WIDTH,
+    fold_of,
+    fold_pair_of,
+    pointer,
+    take,
+    transpose,
+    wait,
+    written,
+)
 from sublens.noise import PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables and masked weights, and the sums of the inputs'
@@ -44,12 +55,14 @@ LONGEST = 4 * REGISTER  # rows of a piece at most
 _by_rows, _by_columns, _by_pieces = product(_PITCH), product(1), product()
 
 INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
-HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE = range(17, 25)
-LINEAR_FIELDS = 25
+HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
+LINEAR_FIELDS = 29
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
 OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
 number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
-PIECES pieces of LENGTH, and a thread takes WIDE columns at a time."""
+PIECES pieces of LENGTH, and a thread takes WIDE columns at a time. BIAS is the address of HEIGHT numbers, or 0. PACKED
+is that of what is put in another order first, PACKING the next part of it and DONE the number of those that are ready;
+both begin at 0."""
 
 
 @loop(INT, INT, INT, INT, INT, INT)
@@ -66,32 +79,30 @@ def _turn(source: Any, source_r: Any, target: Any, target_r: Any, rows: Any, col
             t[c * target_r + r] = s[r * source_r + c]
 
 
-# Fields of a packing.
-SOURCE, TARGET, CHUNKS, CHUNK, ROW, PARTS, PART = 1, 2, 3, 4, 5, 6, 7
-PACK_FIELDS = 8
-"""CHUNKS x CHUNK rows of ROW numbers at SOURCE; each chunk becomes PARTS pieces of PART rows, of which the last may be
-filled up with zeros."""
+@loop(INT, INT, WORDS)
+def _pack(source: Any, width: Any, p: Any) -> None:
+    """Put (chunk, row, column) in the order (chunk, piece, column, row of the piece), rows filled up with zeros.
 
-
-@loop(WORDS)
-def _pack(p: Any) -> None:
-    """(chunk, row, column) to (chunk, piece, column, row of the piece)."""
-    width, part, parts, chunk = p[ROW], p[PART], p[PARTS], p[CHUNK]
+    The threads share the work, and each comes back when all of it is done.
+    """
+    chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
     columns = (width + PANEL - 1) // PANEL
+    units = p[SAMPLES] * pieces * columns
     while True:
-        unit = take(p.ctypes.data, 1)
-        if unit >= p[CHUNKS] * parts * columns:
+        unit = take(p.ctypes.data + 8 * PACKING, 1)
+        if unit >= units:
             break
         piece, c = unit // columns, unit % columns * PANEL
-        first = piece % parts * part
-        rows = max(0, min(part, chunk - first))
+        first = piece % pieces * length
+        rows = max(0, min(length, chunk - first))
         size = min(PANEL, width - c)
-        target = p[TARGET] + 4 * (piece * width + c) * part
-        if rows < part:
-            fill(target, size * part, f32(0.0))
+        target = p[PACKED] + 4 * (piece * width + c) * length
+        if rows < length:
+            fill(target, size * length, f32(0.0))
         if rows > 0:
-            source = p[SOURCE] + 4 * ((piece // parts * chunk + first) * width + c)
-            _turn(source, width, target, part, rows, size)
+            _turn(source + 4 * ((piece // pieces * chunk + first) * width + c), width, target, length, rows, size)
+        take(p.ctypes.data + 8 * DONE, 1)
+    wait(p.ctypes.data + 8 * DONE, units)
 
 
 @loop(INT, INT, INT, INT, INT, INT)
@@ -99,6 +110,15 @@ def _rows_of(columns: Any, length: Any, target: Any, target_r: Any, rows: Any, s
     """Write the first ``rows`` rows of a piece, of ``size`` numbers, from its columns, which are ``length`` apart."""
     for r in range(0, rows, WIDTH):
         _turn(columns + 4 * r, length, target + 4 * r * target_r, target_r, size, min(WIDTH, rows - r))
+
+
+@loop(*[INT] * 4)
+def _add(columns: Any, bias: Any, rows: Any, length: Any) -> None:
+    """Add a number of its own to each row of ``rows`` x ``length``."""
+    s, b = carray(pointer(columns), (rows * length,), f32), carray(pointer(bias), (rows,), f32)
+    for r in range(rows):
+        for j in range(length):
+            s[r * length + j] += b[r]
 
 
 @loop(*[INT] * 6)
@@ -159,6 +179,7 @@ def _forward(p: Any) -> None:
     chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
     scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
     sums = scratch + MORE
+    _pack(p[INPUTS], across, p)
     while True:
         top = take(p.ctypes.data, 1) * ROWS
         if top >= height:
@@ -177,7 +198,7 @@ def _forward(p: Any) -> None:
                 for c in range(0, size, _SLICE):
                     for part in range(pieces):
                         piece = i * pieces + part
-                        x = p[INPUTS] + 4 * (piece * across + left + c) * length
+                        x = p[PACKED] + 4 * (piece * across + left + c) * length
                         y = sums + 4 * piece * ROWS * length
                         ahead, count = 0, 0
                         if left + wide < across:
@@ -190,6 +211,8 @@ def _forward(p: Any) -> None:
             for first in range(0, chunk, length):
                 y = p[GRADIENT] + 4 * ((i * chunk + first) * height + top)
                 columns = sums + 4 * (i * pieces + first // length) * ROWS * length
+                if p[BIAS] != 0:
+                    _add(columns, p[BIAS] + 4 * top, rows, length)
                 _rows_of(columns, length, y, height, min(length, chunk - first), rows)
 
 
@@ -203,6 +226,7 @@ def _backward(p: Any) -> None:
     of_inputs = inputs + 4 * samples * whole * wide
     odds, limits, draws, total = scratch + _ODDS, scratch + _LIMITS, scratch + _DRAWS, scratch + _TOTAL
     tiles = scratch + _TILES
+    _pack(p[GRADIENT], height, p)
     while True:
         left = take(p.ctypes.data, 1) * wide
         if left >= across:
@@ -229,7 +253,7 @@ def _backward(p: Any) -> None:
                 together = 2 if sample % 2 == 0 and i + 1 < samples else 1
                 for c in range(0, size, PANEL):
                     for k in range(i, i + together):
-                        g = p[GRADIENT] + 4 * (k * pieces * height + top) * length
+                        g = p[PACKED] + 4 * (k * pieces * height + top) * length
                         x = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
                         ahead, count = 0, 0
                         if top + ROWS < height:
@@ -254,7 +278,7 @@ def _backward(p: Any) -> None:
                         for c in range(0, size, _STRIP):
                             for part in range(pieces):
                                 piece = k * pieces + part
-                                g = p[GRADIENT] + 4 * (piece * height + top) * length
+                                g = p[PACKED] + 4 * (piece * height + top) * length
                                 x = of_inputs + 4 * (piece * size + c) * length
                                 _by_columns(length // REGISTER, min(_STRIP, size - c), scratch + _BLOCK + 4 * c, _PITCH,
                                             1, 0, g, length, 0, x, length, rows, 1, i64(top == 0), 0, 0, 0)  # fmt: skip
@@ -272,14 +296,8 @@ def _backward(p: Any) -> None:
 
 
 @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
-def pack(address: Any) -> None:
-    """(chunk, row, column) to (chunk, piece, column, row of the piece); see PACK_FIELDS. On many threads at once."""
-    _pack(carray(address, (PACK_FIELDS,), i64))
-
-
-@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
 def forward(address: Any) -> None:
-    """Each sample's INPUTS, packed, times its masked weight, to GRADIENT: (chunk, row, column).
+    """Each sample's INPUTS times its masked weight, transposed, and BIAS, to GRADIENT: both (chunk, row, column).
 
     On many threads at once. A thread takes blocks of ROWS rows, so every output is summed by one thread, in one order.
     """
@@ -290,7 +308,7 @@ def forward(address: Any) -> None:
 def backward(address: Any) -> None:
     """Gradients of :func:`forward`, on many threads at once.
 
-    GRADIENT is that of the outputs, packed; INPUTS are (chunk, row, column). Written are RESULT, the gradient of the
+    GRADIENT is that of the outputs, it and INPUTS (chunk, row, column). Written are RESULT, the gradient of the
     logits, and, unless it is 0, OF_INPUTS, that of the inputs. A thread takes blocks of WIDE columns and all their
     rows, so every number is summed by one thread, in one order.
     """

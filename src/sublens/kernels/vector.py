@@ -22,7 +22,8 @@ _LINE = 64  # bytes that a cache moves at a time
 F32, _I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOATS, _WORDS = ir.VectorType(F32, WIDTH), ir.VectorType(I32, WIDTH)
 # What is compiled for, which Numba's environment variables may change: (triple, name, features).
-_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+_TRIPLE, _, _LISTED = cpu_target.target_context.codegen().magic_tuple()
+_FEATURES = _LISTED.split(",")
 REGISTER = 16 if "+avx512f" in _FEATURES else 8
 """Numbers in a vector of the product, and of the gates."""
 LONG_FLOATS, _LONG_WORDS = ir.VectorType(F32, REGISTER), ir.VectorType(I32, REGISTER)
@@ -64,9 +65,28 @@ def take(typingctx: Any, address: Any, amount: Any) -> Any:
     """Atomically add to the int64 at an address and give its former value."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.atomic_rmw("add", b.inttoptr(args[0], I64.as_pointer()), args[1], "monotonic")
+        return b.atomic_rmw("add", b.inttoptr(args[0], I64.as_pointer()), args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def wait(typingctx: Any, address: Any, amount: Any) -> Any:
+    """Return when the int64 at an address, to which others :func:`take`, has reached an amount; see what they wrote."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        address, amount = args
+        loop, after = b.append_basic_block("wait"), b.append_basic_block("waited")
+        b.branch(loop)
+        b.position_at_end(loop)
+        if _TRIPLE.startswith(("x86", "i686")):  # the processor need not race ahead of a loop that waits
+            b.call(b.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), [])), [])
+        reached = b.load_atomic(b.inttoptr(address, I64.as_pointer()), "acquire", 8)
+        b.cbranch(b.icmp_signed("<", reached, amount), loop, after)
+        b.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
