@@ -66,12 +66,14 @@ def forward(
     if m >= _LONG:
         y = _forward_long(x, weight, logits, draw, first)
         return y if bias is None else y.add_(bias)
-    loops = cpu.compiled("linear_loops")
     y = x.new_empty(samples, m, height)
-    p = _fields(x, weight, logits, draw, first)
-    p[loops.GRADIENT], p[loops.WIDE] = y.data_ptr(), loops.COLUMNS
-    p[loops.BIAS] = 0 if bias is None else bias.data_ptr()
-    _run(loops.forward, p, loops.ROWS, x)
+    loops = cpu.compiled("linear_loops")
+    fields = {
+        loops.GRADIENT: y.data_ptr(),
+        loops.BIAS: 0 if bias is None else bias.data_ptr(),
+        loops.WIDE: loops.COLUMNS,
+    }
+    _run(loops.forward, fields, x, weight, logits, draw, first, packed=x, columns=loops.ROWS)
     return y
 
 
@@ -99,13 +101,16 @@ def backward(
     loops = cpu.compiled("linear_loops")
     of_logits = _for_gradient(logits)
     of_x = torch.empty_like(x) if wants_x else None
-    p = _fields(x, weight, logits, draw, first)
-    p[loops.GRADIENT], p[loops.RESULT] = gradient.data_ptr(), of_logits.data_ptr()
-    p[loops.OF_INPUTS] = 0 if of_x is None else of_x.data_ptr()
     # At least two blocks of columns for each thread, and inputs in no more scratch than a cache holds.
     most = min(loops.COLUMNS, width // (2 * torch.get_num_threads()), _INPUTS // _rows(x))
-    p[loops.WIDE] = max(1, most // loops.PANEL) * loops.PANEL
-    _run(loops.backward, p, 2 * int(p[loops.WIDE]), gradient)
+    wide = max(1, most // loops.PANEL) * loops.PANEL
+    fields = {
+        loops.GRADIENT: gradient.data_ptr(),
+        loops.RESULT: of_logits.data_ptr(),
+        loops.OF_INPUTS: 0 if of_x is None else of_x.data_ptr(),
+        loops.WIDE: wide,
+    }
+    _run(loops.backward, fields, x, weight, logits, draw, first, packed=gradient, columns=2 * wide)
     return of_x, of_logits
 
 
@@ -183,19 +188,6 @@ def _on_a_line(count: int) -> np.ndarray:
     return memory[begin : begin + count]
 
 
-def _fields(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int) -> np.ndarray:
-    loops = cpu.compiled("linear_loops")
-    p = np.zeros(loops.LINEAR_FIELDS, np.int64)
-    p[loops.WEIGHT], p[loops.LOGITS], p[loops.SAMPLES] = weight.data_ptr(), logits.data_ptr(), x.shape[0]
-    p[loops.INPUTS] = x.data_ptr()
-    p[loops.HEIGHT], p[loops.ACROSS] = weight.shape
-    p[loops.CHUNK_ROWS] = x.shape[1]
-    p[loops.PIECES], p[loops.LENGTH] = pieces(x.shape[1])
-    p[loops.FIRST] = first
-    cpu.name(p, draw)
-    return p
-
-
 class _Scratch(threading.local):
     """Memory that is used again in every call from the same thread."""
 
@@ -210,16 +202,30 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _run(loop: object, p: np.ndarray, columns: int, packed: Tensor) -> None:
-    """Run a loop that holds so many columns of all chunks at a time, and first packs the rows of a tensor."""
+def _run(
+    loop: object, fields: dict[int, int], x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, *,
+    packed: Tensor, columns: int,
+) -> None:  # fmt: skip
+    """Run a loop that packs the rows of a tensor and then holds so many columns of all chunks at a time."""
     loops = cpu.compiled("linear_loops")
-    rows = int(p[loops.SAMPLES] * p[loops.PIECES] * p[loops.LENGTH])
+    samples, m, _ = x.shape
+    height, across = weight.shape
+    count, length = pieces(m)
+    rows = samples * count * length
+    parallel = rows * height * across >= _SMALL
+    share = loops.MORE + 4 * rows * columns
     room = packed.new_empty(rows * packed.shape[2])
-    p[loops.PACKED] = room.data_ptr()
-    parallel = rows * p[loops.HEIGHT] * p[loops.ACROSS] >= _SMALL
-    p[loops.SHARE] = loops.MORE + 4 * rows * columns
-    p[loops.SCRATCH] = _scratch.address(int(p[loops.SHARE]) * (torch.get_num_threads() if parallel else 1))
-    threads.run(loop.address, p.ctypes.data, parallel=bool(parallel))  # type: ignore[attr-defined]
+    p = [0] * loops.LINEAR_FIELDS  # a list until it is whole: single numbers of an array take long to set
+    p[loops.WEIGHT], p[loops.LOGITS], p[loops.INPUTS] = weight.data_ptr(), logits.data_ptr(), x.data_ptr()
+    p[loops.HEIGHT], p[loops.ACROSS], p[loops.FIRST] = height, across, first
+    p[loops.SAMPLES], p[loops.CHUNK_ROWS], p[loops.PIECES], p[loops.LENGTH] = samples, m, count, length
+    p[loops.PACKED], p[loops.SHARE] = room.data_ptr(), share
+    p[loops.SCRATCH] = _scratch.address(share * (torch.get_num_threads() if parallel else 1))
+    cpu.name(p, draw)
+    for field, value in fields.items():
+        p[field] = value
+    array = np.array(p, np.int64)
+    threads.run(loop.address, array.ctypes.data, parallel=parallel)  # type: ignore[attr-defined]
 
 
 _SMALL = 100_000

@@ -29,7 +29,7 @@ def compiled(module: str = "loops") -> Any:
     return importlib.import_module(f"sublens.kernels.{module}")
 
 
-def name(p: "np.ndarray", draw: Draw) -> None:
+def name(p: "np.ndarray | list[int]", draw: Draw) -> None:
     """Write what names a draw into the fields that a loop is given."""
     loops = compiled()
     p[loops.KEY : loops.KEY + 4] = draw.key()

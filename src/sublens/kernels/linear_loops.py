@@ -187,6 +187,10 @@ def _forward(p: Any) -> None:
         rows = min(ROWS, height - top)
         for left in range(0, across, wide):
             size = min(wide, across - left)
+            next_top, next_left = top, left + wide
+            if next_left >= across:  # what this thread takes next, unless another one is faster
+                next_top, next_left = take(p.ctypes.data, 0) * ROWS, 0
+            next_size = min(wide, across - next_left) if next_top < height else 0
             call, calls = 0, samples * pieces * ((size + _SLICE - 1) // _SLICE)
             for r in range(rows):
                 gates(scratch + _LIMITS + 2 * r * _PITCH, 0, p[LOGITS] + 4 * ((top + r) * across + left), size)
@@ -201,8 +205,8 @@ def _forward(p: Any) -> None:
                         x = p[PACKED] + 4 * (piece * across + left + c) * length
                         y = sums + 4 * piece * ROWS * length
                         ahead, count = 0, 0
-                        if left + wide < across:
-                            ahead, count = _ahead(top, left + wide, min(wide, across - left - wide), call, calls, p)
+                        if next_size > 0:
+                            ahead, count = _ahead(next_top, next_left, next_size, call, calls, p)
                         _by_rows(length // REGISTER, rows, scratch + _BLOCK + 4 * c, 1, _PITCH, 0, x, length, 0, y,
                                  length, min(_SLICE, size - c), 1, i64(left + c == 0), ahead, across,
                                  count)  # fmt: skip
