@@ -15,7 +15,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from sublens.kernels.reference import LOG2_E, LOGIT_BOUND, POLYNOMIAL, ROUNDER
-from sublens.noise import LANES, LEVELS, PARITY, ROTATIONS, ROUNDS
+from sublens.noise import LANES, LEVELS, PARITY, ROTATIONS, ROUNDS, TILE
 
 WIDTH = 8
 _LINE = 64  # bytes that a cache moves at a time
@@ -35,10 +35,6 @@ FUSE = ("contract",)
 def integer(value: int) -> Any:
     """An int64 that is known when code is made."""
     return ir.Constant(I64, value)
-
-
-def _all(value: int) -> Any:
-    return ir.Constant(_WORDS, [value] * WIDTH)
 
 
 def spread(b: Any, vector: Any, scalar: Any) -> Any:
@@ -153,39 +149,59 @@ def draw(
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         out, tile, tiles, *words = args
-        c1, c2, c3, *key = (spread(b, _WORDS, b.trunc(word, I32)) for word in words)
-        parity = b.xor(b.xor(b.xor(key[0], key[1]), b.xor(key[2], key[3])), _all(PARITY))
-        keys = (*key, parity)
-        first = spread(b, _WORDS, b.trunc(b.mul(tile, integer(LANES)), I32))
-        first = b.add(first, ir.Constant(_WORDS, list(range(LANES))))
-        start = [b.add(c, k) for c, k in zip((c1, c2, c3), key[1:], strict=True)]
-        before, loop, after = b.block, b.append_basic_block("draw"), b.append_basic_block("drawn")
-        b.cbranch(b.icmp_signed(">", tiles, integer(0)), loop, after)
-        b.position_at_end(loop)
-        done, block = b.phi(I64), b.phi(_WORDS)
-        done.add_incoming(integer(0), before)
-        block.add_incoming(first, before)
-        x = [b.add(block, key[0]), *start]
-        for r in range(ROUNDS):
-            pairs = ((0, 1), (2, 3)) if r % 2 == 0 else ((0, 3), (2, 1))
-            for (i, j), bits in zip(pairs, ROTATIONS[r % 8], strict=True):
-                x[i] = b.add(x[i], x[j])
-                x[j] = b.xor(b.or_(b.shl(x[j], _all(bits)), b.lshr(x[j], _all(32 - bits))), x[i])
-            if r % 4 == 3:
-                s = (r + 1) // 4
-                x = [b.add(x[i], keys[(s + i) % 5]) for i in range(4)]
-                x[3] = b.add(x[3], _all(s))
-        address = b.add(out, b.mul(done, integer(4 * 4 * LANES)))
-        for w in range(4):
-            store(b, x[w], b.add(address, integer(4 * LANES * w)))
-        more = b.add(done, integer(1))
-        done.add_incoming(more, loop)
-        block.add_incoming(b.add(block, _all(LANES)), loop)
-        b.cbranch(b.icmp_signed("<", more, tiles), loop, after)
-        b.position_at_end(after)
+        words = [b.trunc(word, I32) for word in words]
+        # As many tiles at a time as a register holds, then what is left.
+        together = REGISTER // LANES
+        done = b.mul(b.sdiv(tiles, integer(together)), integer(together))
+        _emit_draws(b, together, out, tile, done, words)
+        if together > 1:
+            rest = b.add(out, b.mul(done, integer(2 * TILE)))
+            _emit_draws(b, 1, rest, b.add(tile, done), b.sub(tiles, done), words)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 10), codegen
+
+
+def _emit_draws(b: Any, together: int, out: Any, tile: Any, tiles: Any, words: Sequence[Any]) -> None:
+    """The draws of ``tiles`` tiles, a multiple of ``together``. Blocks of neighbouring tiles are numbered through."""
+    lanes = together * LANES
+    vector = ir.VectorType(I32, lanes)
+
+    def all_of(value: int) -> Any:
+        return ir.Constant(vector, [value] * lanes)
+
+    c1, c2, c3, *key = (spread(b, vector, word) for word in words)
+    parity = b.xor(b.xor(b.xor(key[0], key[1]), b.xor(key[2], key[3])), all_of(PARITY))
+    keys = (*key, parity)
+    first = spread(b, vector, b.trunc(b.mul(tile, integer(LANES)), I32))
+    first = b.add(first, ir.Constant(vector, list(range(lanes))))
+    start = [b.add(c, k) for c, k in zip((c1, c2, c3), key[1:], strict=True)]
+    before, loop, after = b.block, b.append_basic_block("draw"), b.append_basic_block("drawn")
+    b.cbranch(b.icmp_signed(">", tiles, integer(0)), loop, after)
+    b.position_at_end(loop)
+    done, block = b.phi(I64), b.phi(vector)
+    done.add_incoming(integer(0), before)
+    block.add_incoming(first, before)
+    x = [b.add(block, key[0]), *start]
+    for r in range(ROUNDS):
+        pairs = ((0, 1), (2, 3)) if r % 2 == 0 else ((0, 3), (2, 1))
+        for (i, j), bits in zip(pairs, ROTATIONS[r % 8], strict=True):
+            x[i] = b.add(x[i], x[j])
+            x[j] = b.xor(b.or_(b.shl(x[j], all_of(bits)), b.lshr(x[j], all_of(32 - bits))), x[i])
+        if r % 4 == 3:
+            s = (r + 1) // 4
+            x = [b.add(x[i], keys[(s + i) % 5]) for i in range(4)]
+            x[3] = b.add(x[3], all_of(s))
+    for t in range(together):
+        address = b.add(out, b.mul(b.add(done, integer(t)), integer(2 * TILE)))
+        of_tile = ir.Constant(_WORDS, list(range(t * LANES, (t + 1) * LANES)))
+        for w in range(4):
+            store(b, b.shuffle_vector(x[w], x[w], of_tile), b.add(address, integer(4 * LANES * w)))
+    more = b.add(done, integer(together))
+    done.add_incoming(more, loop)
+    block.add_incoming(b.add(block, all_of(lanes)), loop)
+    b.cbranch(b.icmp_signed("<", more, tiles), loop, after)
+    b.position_at_end(after)
 
 
 GROUP = 32
