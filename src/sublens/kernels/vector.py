@@ -332,7 +332,7 @@ def fold_of(typingctx: Any, total: Any, gradient: Any, drawn: Any, odds: Any, pa
             x = _each(b.fmul, x, o)
             d = _each(b.fadd, x, y)
             slope = _each(b.fdiv, _each(b.fmul, x, y), _each(b.fmul, d, d))
-            _put(b, _each(b.fadd, s, _each(b.fmul, g, slope)), total, places)
+            _put(b, _fused(b, g, slope, s), total, places)
 
         _in_groups(b, count, work)
         return context.get_dummy_value()
@@ -352,13 +352,12 @@ def fold_pair_of(
         def work(places: list[Any]) -> None:
             s, g, h, o = (_numbers(b, address, places) for address in (total, gradient, other, odds))
             x, y = _uniform(b, drawn, pattern, places)
-            d = _each(b.fadd, _each(b.fmul, x, o), y)
-            e = _each(b.fadd, _each(b.fmul, y, o), x)
+            d, e = _fused(b, x, o, y), _fused(b, y, o, x)
             both = _each(b.fmul, d, e)
             # At the bound of the logits, both^2 is 4e36, and still a float32.
             slope = _each(b.fdiv, _each(b.fmul, _each(b.fmul, x, y), o), _each(b.fmul, both, both))
-            of_first, of_second = _each(b.fmul, g, _each(b.fmul, e, e)), _each(b.fmul, h, _each(b.fmul, d, d))
-            _put(b, _each(b.fadd, s, _each(b.fmul, _each(b.fadd, of_first, of_second), slope)), total, places)
+            of_both = _fused(b, h, _each(b.fmul, d, d), _each(b.fmul, g, _each(b.fmul, e, e)))
+            _put(b, _fused(b, of_both, slope, s), total, places)
 
         _in_groups(b, count, work)
         return context.get_dummy_value()
@@ -404,6 +403,12 @@ def written(typingctx: Any) -> Any:
 
 def _each(operation: Callable[[Any, Any], Any], x: list[Any], y: list[Any]) -> list[Any]:
     return [operation(one, other) for one, other in zip(x, y, strict=True)]
+
+
+def _fused(b: Any, x: list[Any], y: list[Any], z: list[Any]) -> list[Any]:
+    """x y + z"""
+    products = [b.fmul(one, other, flags=FUSE) for one, other in zip(x, y, strict=True)]
+    return [b.fadd(one, other, flags=FUSE) for one, other in zip(products, z, strict=True)]
 
 
 def _uniform(b: Any, drawn: Any, pattern: Any, places: list[Any]) -> tuple[list[Any], list[Any]]:
