@@ -365,7 +365,29 @@ class Recurrent(nn.Module):
         return torch.cat([y.flatten(1), h.transpose(0, 1).flatten(1), c.transpose(0, 1).flatten(1)], 1)
 
 
+class OneStep(Recurrent):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :1])
+
+
+class TrainedState(nn.Module):
+    """Begins with zeros that are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.rnn = nn.Linear(6, 10), nn.LSTM(6, 10, batch_first=True)
+        nn.init.zeros_(self.before.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.before(0 * x[:, 0]).unsqueeze(0)
+        return self.rnn(x, (first, first))[0].flatten(1) + self.before(x[:, 0]).sum(1, keepdim=True)  # type: ignore[no-any-return]
+
+
 RECURRENT: dict[str, Callable[[], nn.Module]] = {
+    "one step": lambda: OneStep(batch_first=True),
+    "one step, given state": lambda: OneStep(batch_first=True, given=True),
+    "trained state": TrainedState,
     "batch first": lambda: Recurrent(batch_first=True),
     "two layers, given state": lambda: Recurrent(num_layers=2, given=True, dropout=0.5),
     "two ways": lambda: Recurrent(num_layers=2, bidirectional=True, batch_first=True, given=True),

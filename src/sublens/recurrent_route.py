@@ -108,9 +108,14 @@ class _Layer(torch.autograd.Function):
         gates = x.new_empty(steps, samples, m, 4 * size)
         cells, outputs = x.new_empty(steps + 1, samples, m, size), x.new_empty(steps + 1, samples, m, size)
         cells[0], outputs[0] = c, h
+        rested = not bool(h.any())  # nothing comes from before the first step, as where no state was given
         for part, recurrent in _parts(on, samples):
             for t in range(steps):
-                a = torch.baddbmm(came[part, t], outputs[t, part], recurrent.mT, out=gates[t, part])
+                a = gates[t, part]
+                if t == 0 and rested:
+                    a.copy_(came[part, t])
+                else:
+                    torch.baddbmm(came[part, t], outputs[t, part], recurrent.mT, out=a)
                 i, f, g, o = a.split(size, -1)
                 a[..., : 2 * size].sigmoid_()
                 g.tanh_()
@@ -118,7 +123,7 @@ class _Layer(torch.autograd.Function):
                 torch.mul(f, cells[t, part], out=cells[t + 1, part]).addcmul_(i, g)
                 torch.mul(o, cells[t + 1, part].tanh(), out=outputs[t + 1, part])
         ctx.save_for_backward(x, gates, cells, outputs, logits_in, logits_on)
-        ctx.into, ctx.on = into, on
+        ctx.into, ctx.on, ctx.rested = into, on, rested
         return outputs[1:].transpose(0, 1).contiguous(), cells[-1].clone()
 
     @staticmethod
@@ -128,7 +133,7 @@ class _Layer(torch.autograd.Function):
         into, on = ctx.into, ctx.on
         (samples, steps, m, _), size = x.shape, cells.shape[-1]
         of_gates = torch.empty_like(gates)
-        of_first = torch.empty_like(cells[0])
+        of_first = torch.empty_like(cells[0]) if ctx.needs_input_grad[1] else None
         of_c = of_c.contiguous().clone()
         for part, recurrent in _parts(on, samples):
             of_h, of_cell = torch.zeros_like(cells[0, part]), of_c[part]
@@ -147,13 +152,21 @@ class _Layer(torch.autograd.Function):
                 _of_sigmoid(of_both, both, grad_input=of_both)
                 _of_sigmoid(of_o, o, grad_input=of_o)
                 _of_tanh(of_g, g, grad_input=of_g)
-                of_h = torch.bmm(of_gates[t, part], recurrent)
-            of_first[part] = of_h
-        # The samples first, as the blocked product has them: the steps of a sample are more rows of its chunk.
-        rows = of_gates.transpose(0, 1).contiguous().view(samples, steps * m, 4 * size)
-        before = outputs[:-1].transpose(0, 1).contiguous().view(samples, steps * m, size)
-        _, of_on = blocked.backward(rows, before, on.weight, logits_on, on.draw, wants_x=False)
-        of_x, of_into = blocked.backward(
-            rows, x.view(samples, steps * m, -1), into.weight, logits_in, into.draw, wants_x=ctx.needs_input_grad[0]
-        )
+                if t > 0 or of_first is not None:
+                    of_h = torch.bmm(of_gates[t, part], recurrent)
+            if of_first is not None:
+                of_first[part] = of_h
+        first = 1 if ctx.rested else 0  # step from which on something came from the one before
+        if steps > first:
+            rows, before = _by_sample(of_gates[first:]), _by_sample(outputs[first:-1])
+            _, of_on = blocked.backward(rows, before, on.weight, logits_on, on.draw, wants_x=False)
+        else:
+            of_on = torch.zeros_like(logits_on)
+        rows, came = _by_sample(of_gates), x.view(samples, steps * m, -1)
+        of_x, of_into = blocked.backward(rows, came, into.weight, logits_in, into.draw, wants_x=ctx.needs_input_grad[0])
         return None if of_x is None else of_x.view(x.shape), of_first, of_c, of_into, of_on, None, None, None
+
+
+def _by_sample(steps: Tensor) -> Tensor:
+    """(T, K, m, n) as the blocked product has it, (K, T m, n): the steps of a sample are more rows of its chunk."""
+    return steps.transpose(0, 1).flatten(1, 2).contiguous()
