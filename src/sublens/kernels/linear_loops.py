@@ -25,6 +25,7 @@ from sublens.kernels.loops import (
     i64,
     loop,
     mask,
+    mask_pair,
     times,
 )
 from sublens.kernels.product import product
@@ -42,8 +43,8 @@ from sublens.kernels.vector import (
 )
 from sublens.noise import PATTERNS, TILE
 
-# A product works on a block of ROWS x COLUMNS weights. Its tables and masked weights, and the sums of the inputs'
-# gradient that it adds to, fill about two thirds of a second-level cache of 512 KiB.
+# A product works on a block of ROWS x COLUMNS weights. Its tables, the masked weights of two samples, the inputs of 128
+# rows and the sums of their gradient fill a second-level cache of 512 KiB.
 ROWS, COLUMNS = 48, 256
 _PITCH = COLUMNS + 16  # of a block's rows: not a power of two, or the rows would fight for the same lines of the cache
 _DRAWN = COLUMNS + 2 * TILE  # draws of a row: whole tiles, so more than the row at both ends
@@ -149,7 +150,8 @@ def _ahead(top: Any, left: Any, size: Any, call: Any, calls: Any, p: Any) -> Any
 _ODDS = 0
 _TOTAL = _ODDS + 4 * ROWS * _PITCH
 _BLOCK = _TOTAL + 4 * ROWS * _PITCH
-_TILES = _BLOCK + 4 * ROWS * _PITCH
+_APART = 4 * ROWS * _PITCH  # from the masked weights of a sample to those of the other one of its pair
+_TILES = _BLOCK + 2 * _APART
 _LIMITS = _TILES + 2 * 4 * ROWS * PANEL
 _DRAWS = _LIMITS + 2 * ROWS * _PITCH
 MORE = (_DRAWS + 2 * ROWS * _DRAWN + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
@@ -163,14 +165,19 @@ def _draw_block(scratch: Any, pair: Any, top: Any, left: Any, rows: Any, size: A
         draw_run(scratch + _DRAWS + 2 * r * _DRAWN, (p[FIRST] + top + r) * p[ACROSS] + left, size, pair, p)
 
 
-@loop(INT, INT, INT, INT, INT, INT, WORDS)
-def _mask_block(scratch: Any, sample: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
+@loop(*[INT] * 7, WORDS)
+def _mask_block(scratch: Any, sample: Any, together: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
+    """Mask a block for a sample or, if ``together`` is 2, for both of the pair that begins with it."""
     pattern = PATTERNS[sample % PAIR]
     for r in range(rows):
         element = (top + r) * p[ACROSS] + left
         k = scratch + _DRAWS + 2 * (r * _DRAWN + (p[FIRST] * p[ACROSS] + element) % TILE)
         limits = scratch + _LIMITS + 2 * r * _PITCH
-        mask(scratch + _BLOCK + 4 * r * _PITCH, p[WEIGHT] + 4 * element, k, limits, pattern, size)
+        out = scratch + _BLOCK + 4 * r * _PITCH
+        if together == 2:
+            mask_pair(out, out + _APART, p[WEIGHT] + 4 * element, k, limits, size)
+        else:
+            mask(out, p[WEIGHT] + 4 * element, k, limits, pattern, size)
 
 
 @loop(WORDS)
@@ -194,23 +201,27 @@ def _forward(p: Any) -> None:
             call, calls = 0, samples * pieces * ((size + _SLICE - 1) // _SLICE)
             for r in range(rows):
                 gates(scratch + _LIMITS + 2 * r * _PITCH, 0, p[LOGITS] + 4 * ((top + r) * across + left), size)
-            for i in range(samples):
+            i = 0
+            while i < samples:
                 sample = p[COUNTER] + i
                 if i == 0 or sample % PAIR == 0:
                     _draw_block(scratch, sample // PAIR, top, left, rows, size, p)
-                _mask_block(scratch, sample, top, left, rows, size, p)
-                for c in range(0, size, _SLICE):
-                    for part in range(pieces):
-                        piece = i * pieces + part
-                        x = p[PACKED] + 4 * (piece * across + left + c) * length
-                        y = sums + 4 * piece * ROWS * length
-                        ahead, count = 0, 0
-                        if next_size > 0:
-                            ahead, count = _ahead(next_top, next_left, next_size, call, calls, p)
-                        _by_rows(length // REGISTER, rows, scratch + _BLOCK + 4 * c, 1, _PITCH, 0, x, length, 0, y,
-                                 length, min(_SLICE, size - c), 1, i64(left + c == 0), ahead, across,
-                                 count)  # fmt: skip
-                        call += 1
+                together = 2 if sample % 2 == 0 and i + 1 < samples else 1
+                _mask_block(scratch, sample, together, top, left, rows, size, p)
+                for k in range(together):
+                    for c in range(0, size, _SLICE):
+                        for part in range(pieces):
+                            piece = (i + k) * pieces + part
+                            x = p[PACKED] + 4 * (piece * across + left + c) * length
+                            y = sums + 4 * piece * ROWS * length
+                            ahead, count = 0, 0
+                            if next_size > 0:
+                                ahead, count = _ahead(next_top, next_left, next_size, call, calls, p)
+                            masked = scratch + _BLOCK + k * _APART + 4 * c
+                            _by_rows(length // REGISTER, rows, masked, 1, _PITCH, 0, x, length, 0, y, length,
+                                     min(_SLICE, size - c), 1, i64(left + c == 0), ahead, across, count)  # fmt: skip
+                            call += 1
+                i += together
         for i in range(samples):
             for first in range(0, chunk, length):
                 y = p[GRADIENT] + 4 * ((i * chunk + first) * height + top)
@@ -277,15 +288,16 @@ def _backward(p: Any) -> None:
                         else:
                             fold_of(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
                 if p[OF_INPUTS] != 0:
+                    _mask_block(scratch, sample, together, top, left, rows, size, p)
                     for k in range(i, i + together):
-                        _mask_block(scratch, p[COUNTER] + k, top, left, rows, size, p)
                         for c in range(0, size, _STRIP):
                             for part in range(pieces):
                                 piece = k * pieces + part
                                 g = p[PACKED] + 4 * (piece * height + top) * length
                                 x = of_inputs + 4 * (piece * size + c) * length
-                                _by_columns(length // REGISTER, min(_STRIP, size - c), scratch + _BLOCK + 4 * c, _PITCH,
-                                            1, 0, g, length, 0, x, length, rows, 1, i64(top == 0), 0, 0, 0)  # fmt: skip
+                                masked = scratch + _BLOCK + (k - i) * _APART + 4 * c
+                                _by_columns(length // REGISTER, min(_STRIP, size - c), masked, _PITCH, 1, 0, g, length,
+                                            0, x, length, rows, 1, i64(top == 0), 0, 0, 0)  # fmt: skip
                 i += together
             for r in range(rows):
                 element = 4 * ((top + r) * across + left)

@@ -24,6 +24,7 @@ from sublens.kernels.vector import (
     limits_and_odds_of,
     limits_of,
     masked_of,
+    masked_pair_of,
     pointer,
     take,
     times_of,
@@ -106,6 +107,16 @@ def mask(out: Any, weight: Any, drawn: Any, limits: Any, pattern: Any, count: An
     for j in range(whole, count):
         x = w[j]
         m[j] = x if u16(k[j] ^ c) >= t[j] else f32(0.0)
+
+
+@loop(*[INT] * 6)
+def mask_pair(out: Any, other: Any, weight: Any, drawn: Any, limits: Any, count: Any) -> None:
+    """Masked weights of the two samples of a pair."""
+    whole = count - count % GROUP
+    masked_pair_of(out, other, weight, drawn, limits, PATTERNS[0], PATTERNS[1], whole)
+    wide, narrow = 4 * whole, 2 * whole
+    mask(out + wide, weight + wide, drawn + narrow, limits + narrow, PATTERNS[0], count - whole)
+    mask(other + wide, weight + wide, drawn + narrow, limits + narrow, PATTERNS[1], count - whole)
 
 
 @loop(*[INT] * 6)

@@ -317,6 +317,30 @@ def masked_of(typingctx: Any, out: Any, weight: Any, drawn: Any, limits: Any, pa
 
 
 @intrinsic
+def masked_pair_of(
+    typingctx: Any, out: Any, other: Any, weight: Any, drawn: Any, limits: Any, pattern: Any, second: Any, count: Any
+) -> Any:
+    """The same for two samples of one draw, each with a pattern of its own, to ``out`` and ``other``."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        out, other, weight, drawn, limits, pattern, second, count = args
+        pattern, second = (spread(b, _LONG_HALVES, b.trunc(each, _I16)) for each in (pattern, second))
+        nothing = ir.Constant(LONG_FLOATS, [0.0] * REGISTER)
+
+        def work(places: list[Any]) -> None:
+            x = _numbers(b, weight, places)
+            k, t = _halves(b, drawn, places), _halves(b, limits, places)
+            for target, turned in ((out, pattern), (other, second)):
+                is_open = [b.icmp_unsigned(">=", b.xor(a, turned), limit) for a, limit in zip(k, t, strict=True)]
+                _put(b, [b.select(o, one, nothing) for o, one in zip(is_open, x, strict=True)], target, places)
+
+        _in_groups(b, count, work)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), codegen
+
+
+@intrinsic
 def fold_of(typingctx: Any, total: Any, gradient: Any, drawn: Any, odds: Any, pattern: Any, count: Any) -> Any:
     """Add a sample's gradient of ``count`` masked weights, a multiple of GROUP, times ds/dlogit.
 
