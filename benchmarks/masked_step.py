@@ -6,8 +6,9 @@ A network is the widths of a feed-forward one's hidden layers, or one of lstm, c
 Transformer of 101 M masked weights). The benchmark checks equality first (the fused path against the reference path,
 outputs and gradients), then times, in turns within one process, a plain training step and masked steps, and prints the
 median of the ratios taken pair by pair. "fit" is the step that ``sublens.fit`` makes, with 1, 4 and 8 samples; "loop"
-the same in a loop of one's own with ``torch.optim.Adam``; "textbook" the straightforward implementation (feed-forward
-networks only). Peak memory is read in a process of its own for each kind of step.
+the same in a loop of one's own with ``torch.optim.Adam``; "bfloat16" is "fit" with the loss under ``torch.autocast``,
+beside the same plain step in float32; "textbook" the straightforward implementation (feed-forward networks only). Peak
+memory is read in a process of its own for each kind of step.
 """
 
 import argparse
@@ -43,7 +44,7 @@ NETWORKS = (
     "conv",
     "transformer",
 )
-KINDS = ("fit 1", "fit 4", "fit 8", "loop 4", "textbook 4")
+KINDS = ("fit 1", "fit 4", "fit 8", "loop 4", "bfloat16 1", "bfloat16 4", "textbook 4")
 MEMORY = ("fit 1", "fit 4", "fit 8")
 Step = Callable[[], float]
 
@@ -127,9 +128,10 @@ def stepper(kind: str, name: str) -> Step:
     what, _, samples = kind.partition(" ")
 
     def loss_of(module: nn.Module) -> Tensor:
-        return functional.cross_entropy(module(x).view(-1, 10), y)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=what == "bfloat16"):
+            return functional.cross_entropy(module(x).view(-1, 10), y)
 
-    if what == "fit":
+    if what in ("fit", "bfloat16"):
         masked = sl.MaskedNetwork(net, samples=int(samples))
         own = Adam(list(masked.parameters()), lr=1e-2)
 

@@ -28,7 +28,7 @@ NEEDS = {
 
 
 def test_every_example_is_run_here():
-    elsewhere = {"gradient_leak", "digits"}  # test_gradient_leak.py, test_duel.py
+    elsewhere = {"gradient_leak", "digits", "bfloat16"}  # test_gradient_leak.py, test_duel.py, test_study_add_mul.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SHORT) | elsewhere
 
 

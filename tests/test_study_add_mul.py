@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sublens as sl
 from sublens import studies
 from sublens.errors import StudyError
 from sublens.studies.arithmetic import OPERATIONS, confusion, loss, problems, task
@@ -149,6 +150,29 @@ def test_the_lstm_sees_its_input_three_times() -> None:
     states, _ = network.lstm(torch.stack([x, x, x], dim=1))
     torch.testing.assert_close(network(x), network.output(states[:, 2]))
     assert study.first_half == ("lstm.weight_ih_l0", "lstm.weight_hh_l0")
+
+
+def test_the_example_in_bfloat16_multiplies_in_it_and_trains_float32_logits() -> None:
+    example = Path(__file__).parents[1] / "examples" / "bfloat16.py"
+    made, plain = (studies.load(name, widths=(32, 32)) for name in (example, "add-mul"))
+    assert [task.name for task in (made.control, *made.tasks)] == ["all", "add", "mul"]
+    network, found = made.network(0), []
+    for study in (made, plain):
+        masked, dtypes = sl.MaskedNetwork(network), set()
+        hooks = [layer.register_forward_hook(lambda *args, to=dtypes: to.add(args[2].dtype)) for layer in network]
+        loss = study.tasks[0].loss(masked, study.tasks[0].batches_for(1)(0))
+        loss.backward()
+        for hook in hooks:
+            hook.remove()
+        found.append((loss.item(), dtypes, torch.cat([logits.grad.flatten() for logits in masked.logits.values()])))
+    (reduced, dtypes, gradient), (full, whole, expected) = found
+    assert dtypes == {torch.bfloat16}
+    assert whole == {torch.float32}
+    assert gradient.dtype == torch.float32
+    # 8 bits of each product and sum; under other samples the gradients would have nothing in common.
+    assert reduced == pytest.approx(full, rel=1e-2)
+    assert not torch.equal(gradient, expected)
+    assert float((gradient - expected).norm() / expected.norm()) < 0.05
 
 
 def test_unknown_studies_presets_and_settings_are_named_with_near_misses(tmp_path: Path) -> None:
