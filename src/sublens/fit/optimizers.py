@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sublens import kernels
@@ -78,17 +78,16 @@ class Adam(torch.optim.Adam):
         self._totals: tuple[list[int], list[float]] | None = None  # versions of the parameters, and their sums then
 
     def takes(self) -> bool:
-        """Whether :meth:`norms` and :meth:`update` can be used: logits and gradients are float32 data on the CPU."""
+        """Whether :meth:`squares` and :meth:`update` can be used: logits and gradients are float32 data on the CPU."""
         parameters = self.param_groups[0]["params"]
         return kernels.fused() and all(
             p.grad is not None and cpu.applies(p, p.grad) and p.is_contiguous() and p.grad.is_contiguous()
             for p in parameters
         )
 
-    def norms(self, constants: Sequence[float]) -> Tensor:
-        """Norm of each parameter's gradient, with a constant of its own added to each number."""
-        parameters = self.param_groups[0]["params"]
-        return torch.tensor(cpu.squares([p.grad for p in parameters], constants), dtype=torch.float64).sqrt()
+    def squares(self, constants: Sequence[float]) -> list[float]:
+        """Squared norm of each parameter's gradient, with a constant of its own added to each number."""
+        return cpu.squares([p.grad for p in self.param_groups[0]["params"]], constants)
 
     def totals(self) -> list[float]:
         """Sum of each parameter. Those of the last :meth:`update` are known; if anything changed, all are read anew."""

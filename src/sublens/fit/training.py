@@ -299,9 +299,7 @@ def update(
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients.values()])
     norm = torch.linalg.vector_norm(norms).item()
     if not math.isfinite(norm):
-        # Where each norm is finite and only their sum overflows, the largest is to blame.
-        worst = int(torch.nan_to_num(norms, nan=math.inf).argmax())
-        return value, norm, list(gradients)[worst]
+        return value, norm, list(gradients)[_worst(norms.tolist())]
     if (factor := _clipping(settings, norm)) < 1:
         for gradient in gradients.values():
             gradient.mul_(factor)
@@ -317,13 +315,18 @@ def _update_in_two_passes(
     The constants are added while the gradients are read anyway, and the sums come from the last update.
     """
     value = sum(a * b for a, b in zip(constants, optimizer.totals(), strict=True)) if any(constants) else 0.0
-    norms = optimizer.norms(constants)
-    norm = torch.linalg.vector_norm(norms).item()
+    squares = optimizer.squares(constants)
+    norm = math.sqrt(sum(squares))
     if not math.isfinite(norm):
-        return value, norm, list(masked.logits)[int(torch.nan_to_num(norms, nan=math.inf).argmax())]
+        return value, norm, list(masked.logits)[_worst(squares)]
     optimizer.update(constants, _clipping(settings, norm))
     masked.trust_bound()
     return value, norm, None
+
+
+def _worst(norms: list[float]) -> int:
+    """Which norm is not finite; where only their sum overflows, the largest is to blame."""
+    return max(range(len(norms)), key=lambda i: math.inf if math.isnan(norms[i]) else norms[i])
 
 
 def _clipping(settings: Settings, norm: float) -> float:

@@ -9,6 +9,7 @@ a chunk has so many rows that this no longer matters, the library's product mult
 Shapes: K samples, m rows in each sample's chunk, the weight is (out, in).
 """
 
+import ctypes
 import functools
 import math
 import threading
@@ -24,6 +25,7 @@ from sublens.kernels import cpu, reference, threads
 from sublens.noise import Draw
 
 
+@functools.cache
 def pieces(rows: int) -> tuple[int, int]:
     """Into how many pieces of which length a chunk of that many rows is cut: whole registers, few places empty."""
     loops = cpu.compiled("linear_loops")
@@ -215,7 +217,7 @@ def _run(
     parallel = rows * height * across >= _SMALL
     share = loops.MORE + 4 * rows * columns
     room = packed.new_empty(rows * packed.shape[2])
-    p = [0] * loops.LINEAR_FIELDS  # a list until it is whole: single numbers of an array take long to set
+    p = [0] * loops.LINEAR_FIELDS
     p[loops.WEIGHT], p[loops.LOGITS], p[loops.INPUTS] = weight.data_ptr(), logits.data_ptr(), x.data_ptr()
     p[loops.HEIGHT], p[loops.ACROSS], p[loops.FIRST] = height, across, first
     p[loops.SAMPLES], p[loops.CHUNK_ROWS], p[loops.PIECES], p[loops.LENGTH] = samples, m, count, length
@@ -224,8 +226,8 @@ def _run(
     cpu.name(p, draw)
     for field, value in fields.items():
         p[field] = value
-    array = np.array(p, np.int64)
-    threads.run(loop.address, array.ctypes.data, parallel=parallel)  # type: ignore[attr-defined]
+    array = (ctypes.c_int64 * len(p))(*p)
+    threads.run(loop.address, ctypes.addressof(array), parallel=parallel)  # type: ignore[attr-defined]
 
 
 _SMALL = 100_000

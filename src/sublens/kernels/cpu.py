@@ -214,19 +214,31 @@ def uniform(draw: Draw, count: int) -> Tensor:
     return out
 
 
-def _updates(sizes: Sequence[int], **fields: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The table of an update of parameters of those sizes, and memory for the sums of their chunks."""
+@functools.lru_cache(maxsize=16)
+def _chunked(sizes: tuple[int, ...]) -> np.ndarray:
+    """The table of an update of parameters of those sizes, without addresses and numbers."""
     updates = compiled("updates")
     table = np.zeros((len(sizes), updates.UPDATE_FIELDS), np.int64)
     table[:, updates.SIZE] = sizes
     table[:, updates.END] = np.cumsum(-(-table[:, updates.SIZE] // updates.CHUNK))
     table[1:, updates.FIRST] = table[:-1, updates.END]
     table[:, updates.ALL] = table[-1, updates.END]
+    return table
+
+
+def _updates(sizes: tuple[int, ...], **fields: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The table of an update of parameters of those sizes, and memory for the sums of their chunks."""
+    updates = compiled("updates")
+    table = _chunked(sizes).copy()
     sums = np.empty(table[-1, updates.END])
     table[:, updates.SUMS] = sums.ctypes.data
     for name, addresses in fields.items():
         table[:, getattr(updates, name)] = addresses
     return table, sums
+
+
+def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.numel() for tensor in tensors)
 
 
 def _addresses(tensors: Iterable[Tensor]) -> list[int]:
@@ -252,7 +264,7 @@ def squares(gradients: Sequence[Tensor], constants: Sequence[float]) -> list[flo
         the sums, to some 1e-5 of each. They are the same for any number of threads.
     """
     updates = compiled("updates")
-    table, sums = _updates([g.numel() for g in gradients], SLOPES=_addresses(gradients))
+    table, sums = _updates(_sizes(gradients), SLOPES=_addresses(gradients))
     table.view(np.float64)[:, updates.CONSTANT] = constants
     return _update(updates.squares, table, sums)
 
@@ -264,7 +276,7 @@ def totals(values: Sequence[Tensor]) -> list[float]:
     Returns:
         the sums, to some 1e-5 of those of their sizes; the same for any number of threads.
     """
-    return _update(compiled("updates").sums, *_updates([v.numel() for v in values], VALUES=_addresses(values)))
+    return _update(compiled("updates").sums, *_updates(_sizes(values), VALUES=_addresses(values)))
 
 
 @threads.untraced
@@ -302,7 +314,7 @@ def adam(
     """
     updates = compiled("updates")
     table, sums = _updates(
-        [v.numel() for v in values],
+        _sizes(values),
         VALUES=_addresses(values),
         SLOPES=_addresses(gradients),
         MEANS=_addresses(means),
