@@ -1,4 +1,4 @@
-"""Masks in reduced precision: add-mul, whose networks multiply in bfloat16 while logits, noise and masks stay float32.
+"""Masks in reduced precision: add-mul under autocast, so that layers take and give bfloat16; logits and noise do not.
 
 sublens inspect examples/bfloat16.py --network FILE asks the questions of add-mul; without --network, the network is
 trained in bfloat16 too. Accuracies are measured in float32.
@@ -26,7 +26,7 @@ def reduced(task: sl.Task) -> sl.Task:
 
 
 def study(preset: str = "quick", *, widths: Sequence[int] = (400, 400, 200)) -> sl.Study:
-    """The study add-mul, in bfloat16."""
+    """Return the study add-mul, trained in bfloat16."""
     plain = add_mul.study(preset, widths=widths)
     assert plain.control is not None
     tasks = [reduced(task) for task in plain.tasks]

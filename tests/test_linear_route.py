@@ -697,3 +697,50 @@ def test_a_bias_of_any_form_is_added_as_by_the_general_route(
     assert list(fast._general.values()) == [False]
     monkeypatch.setattr(linear_route, "applies", lambda *args: False)
     torch.testing.assert_close(y, sl.MaskedNetwork(network, samples=samples)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("make", [lambda: chain(nn.ReLU()), Residual], ids=["chain", "residual"])
+def test_under_autocast_layers_give_what_was_asked_for_from_whole_products(
+    make: Callable[[], nn.Module], samples: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, x = make(), torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
+
+    def gradients(masked: sl.MaskedNetwork, enabled: bool) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            output = masked(x)
+        output.float().square().sum().backward()
+        return output, torch.cat([logits.grad.flatten() for logits in masked.logits.values()])
+
+    fast = sl.MaskedNetwork(network, samples=samples)
+    output, gradient = gradients(fast, True)
+    assert output.dtype == dtype
+    assert list(fast._general.values()) == [False]
+    whole = gradients(sl.MaskedNetwork(network, samples=samples), False)
+    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    general = gradients(sl.MaskedNetwork(network, samples=samples), True)
+    for found in ((output, gradient), general):
+        for rounded, exact in zip(found, whole, strict=True):
+            # Outputs and gradients are rounded once a layer; by the general route weights and biases are too.
+            assert 0 < (rounded.float() - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
+
+
+def test_autocast_and_calls_without_it_are_told_apart() -> None:
+    masked, x = sl.MaskedNetwork(Recurrent(batch_first=True), samples=2), torch.randn(4, 5, 6)
+    masked(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert masked(x).dtype == masked.network(x).dtype
+    masked(x)
+    assert sorted(masked._general.values()) == [False]
+    one = sl.MaskedNetwork(Recurrent(batch_first=True), samples=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one(x)
+    one(x)
+    assert sorted(one._general.values()) == [False, True]
+
+
+def test_a_number_of_another_kind_under_autocast_is_the_networks_own_error() -> None:
+    masked, x = sl.MaskedNetwork(chain(nn.ReLU()), samples=1), torch.randn(8, 6, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="dtype"):
+        masked(x)

@@ -166,9 +166,7 @@ class GatedWeight(Tensor):
         if func is nn.functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, GatedWeight) and not isinstance(x, GatedWeight):
-                within = _bias_within(bias, weight.source)
-                y = _linear(x, weight.source, bias if within else None)
-                return y if within or bias is None else y + bias
+                return _linear_and_bias(x, weight.source, bias)
         if func is nn.functional.multi_head_attention_forward:
             return cls._attention(args, kwargs)
         if func is torch.lstm:
@@ -208,6 +206,20 @@ class GatedWeight(Tensor):
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     return input, weight, bias
+
+
+def _linear_and_bias(x: Tensor, source: _Source, bias: Any) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        # The loops have one precision. On processors without matrix units they are faster in it than PyTorch in half of
+        # it; what goes into a layer and comes out has the precision that was asked for.
+        asked = torch.get_autocast_dtype("cpu")
+        if x.dtype not in (torch.float32, asked):
+            raise NotLinearError(f"an input of {x.dtype} under autocast to {asked}")
+        with torch.autocast("cpu", enabled=False):
+            return _linear_and_bias(x.float(), source, bias).to(asked)
+    within = _bias_within(bias, source)
+    y = _linear(x, source, bias if within else None)
+    return y if within or bias is None else y + bias
 
 
 def _bias_within(bias: Any, source: _Source) -> bool:
@@ -250,8 +262,8 @@ def _lstm(
     bidirectional: Any = None, batch_first: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``torch.lstm`` with gated weights, on the whole batch. Networks are called in evaluation mode: no dropout."""
-    if batch_first is None or train:
-        raise NotLinearError("an LSTM of packed sequences, or with dropout")
+    if batch_first is None or train or torch.is_autocast_enabled("cpu"):
+        raise NotLinearError("an LSTM of packed sequences, with dropout, or under autocast")
     each = 4 if has_biases else 2  # weight_ih, weight_hh, bias_ih, bias_hh of a layer and direction
     gated = [weight for i, weight in enumerate(weights) if i % each < 2]
     biases = [bias for i, bias in enumerate(weights) if i % each >= 2]

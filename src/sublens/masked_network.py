@@ -370,6 +370,8 @@ class MaskedNetwork(nn.Module):
         The first look is at chunks by the general route, which masks all weights of the network at once; later ones,
         when gradients and an optimizer's state need memory too, at single chunks by the linear route.
         """
+        if torch.is_autocast_enabled("cpu"):
+            return None  # the two routes round at other places: outputs that differ would say nothing
         kind = ("whole batch", kind)
         known = kind in self._general
         if not known and linear_route.watched(self.network):
@@ -427,13 +429,14 @@ class MaskedNetwork(nn.Module):
         The first call of a kind is told to use copies of the inputs: a network that writes into its input, and then
         cannot go this way after all, must do so once.
         """
+        if torch.is_autocast_enabled("cpu"):  # what is found with one precision says nothing of another
+            kind = (kind, torch.get_autocast_dtype("cpu"))
         first = kind not in self._general
         if first:
             fine = all(grouping.fine for grouping in self._groupings.values())
             if not (fine and linear_route.applies(self.network, self.logits, self.gate)):
                 self._general[kind] = True
-        # Under autocast the general route: the blocked product has one precision.
-        if self._general.get(kind) or not self.frozen or torch.is_autocast_enabled("cpu"):
+        if self._general.get(kind) or not self.frozen:
             return None
         try:
             with recomputation.refused():
