@@ -184,8 +184,11 @@ def check_equality(name: str) -> None:
     # The same samples, but sums in another order: some 2,000 float32 roundings of random sign.
     torch.testing.assert_close(loss_a, loss_b, rtol=1e-5, atol=0)
     for parameter in a:
-        scale = float(b[parameter].abs().max())
-        torch.testing.assert_close(a[parameter], b[parameter], rtol=1e-4, atol=1e-5 * scale)
+        # As a whole: a ReLU whose input is zero but for rounding may fall either way, which moved the gradients of a
+        # large Transformer by 1e-4 of their norm.
+        error = float((a[parameter] - b[parameter]).norm() / b[parameter].norm())
+        if not error < 1e-3:
+            raise AssertionError(f"{name}: gradients of {parameter} differ by {error:.1e} of their norm")
 
 
 def seconds(step: Step) -> float:
