@@ -744,3 +744,35 @@ def test_a_number_of_another_kind_under_autocast_is_the_networks_own_error() -> 
     masked, x = sl.MaskedNetwork(chain(nn.ReLU()), samples=1), torch.randn(8, 6, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="dtype"):
         masked(x)
+
+
+class InPlace(nn.Module):
+    """Changes what its layers give."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6, bias=bias), nn.Linear(6, 4, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y += x
+        return self.second(y.relu_()).mul_(2.0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rows", [8, 1200])  # the longer ones are multiplied by PyTorch
+@pytest.mark.parametrize("shape", [(6,), (3, 6)], ids=str)
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_what_layers_give_may_be_changed_in_place(
+    own: bool, bias: bool, samples: int, shape: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 12, bias=bias), nn.ReLU(inplace=True), nn.Linear(12, 4, bias=bias)
+    network, x = InPlace(bias) if own else nn.Sequential(*layers), torch.randn(rows, *shape)
+    masked = sl.MaskedNetwork(network, samples=samples)
+    found = run(masked, x)
+    assert list(masked._general.values()) == [False]
+    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    for one, other in zip(found, run(sl.MaskedNetwork(network, samples=samples), x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -318,8 +318,10 @@ class _LinearOfSamples(torch.autograd.Function):
         flat = _in_order(x, chunks)
         ctx.save_for_backward(flat, logits, weight)
         ctx.draw, ctx.first, ctx.shape = draw, first, x.shape  # type: ignore[attr-defined]
-        y = blocked.forward(flat, weight, logits.detach(), draw, first, bias)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        # Not a view of the result: autograd would forbid the network to change that in place, as a ReLU may.
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        blocked.forward(flat, weight, logits.detach(), draw, first, bias, out=y.view(*flat.shape[:2], -1))
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -48,7 +48,13 @@ def agrees() -> bool:
 
 @threads.untraced
 def forward(
-    x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 0, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    draw: Draw,
+    first: int = 0,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Each sample's inputs times its masked weight, transposed, plus the bias.
 
@@ -59,16 +65,17 @@ def forward(
         draw: names sample 0 of K.
         first: row of the parameter that is the first of ``weight``, if that is not the whole parameter.
         bias: (out) float32, contiguous.
+        out: memory for the result, contiguous.
 
     Returns:
         (K, m, out) float32.
     """
     samples, m, _ = x.shape
     height = weight.shape[0]
+    y = x.new_empty(samples, m, height) if out is None else out
     if m >= _LONG:
-        y = _forward_long(x, weight, logits, draw, first)
+        _forward_long(y, x, weight, logits, draw, first)
         return y if bias is None else y.add_(bias)
-    y = x.new_empty(samples, m, height)
     loops = cpu.compiled("linear_loops")
     fields = {
         loops.GRADIENT: y.data_ptr(),
@@ -131,16 +138,14 @@ def _blocks(samples: int, weight: Tensor) -> Iterator[slice]:
         yield slice(top, min(top + rows, height))
 
 
-def _forward_long(x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int) -> Tensor:
-    samples, m, width = x.shape
-    y = x.new_empty(samples, m, weight.shape[0])
+def _forward_long(y: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int) -> None:
+    samples, _, width = x.shape
     for rows in _blocks(samples, weight):
         masked = x.new_empty(samples, rows.stop - rows.start, width)
         where = {"begin": rows.start * width, "before": first * width}
         cpu.walk(weight, logits, draw, masked=masked, samples=samples, **where)
         for k in range(samples):
             torch.mm(x[k], masked[k].T, out=y[k, :, rows])
-    return y
 
 
 @torch.no_grad()  # where a graph of the gradient is asked for, there is none, as for short chunks
