@@ -33,6 +33,10 @@ def study():
                     control=task("all", [0, 1]), batch_size=16, network_steps=10, mask_steps=10, random_masks=1)
 """
 
+# Python run with -m ends by the signal itself, which a shell reports as 130 too, if a Ctrl-C came while it executed a
+# string, as where a dataclass is made: it then takes the exception for unhandled, though it was caught.
+INTERRUPTED = (cli.INTERRUPTED, -signal.SIGINT)
+
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
@@ -186,7 +190,7 @@ def test_ctrl_c_leaves_a_run_that_the_printed_command_finishes(study):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode in INTERRUPTED, err
     assert "Traceback" not in err
     assert "sublens inspect slow.py --out 'a run' --seed 5 --set keep=0.7 --resume" in err
     # The command is accepted as it was printed: with one more option it is another run, and refused by name.
@@ -197,7 +201,7 @@ def test_ctrl_c_leaves_a_run_that_the_printed_command_finishes(study):
         again.communicate(timeout=15)
     again.send_signal(signal.SIGINT)
     again.communicate(timeout=60)
-    assert again.returncode == 130
+    assert again.returncode in INTERRUPTED
 
 
 def test_names_in_a_run_are_no_markup(study, capsys):
