@@ -775,4 +775,5 @@ def test_what_layers_give_may_be_changed_in_place(
     assert list(masked._general.values()) == [False]
     monkeypatch.setattr(linear_route, "applies", lambda *args: False)
     for one, other in zip(found, run(sl.MaskedNetwork(network, samples=samples), x), strict=True):
+        # Gradients are sums over some 1,000 rows, rounded in another order.
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -57,23 +57,14 @@ def at_rest(network: nn.Module) -> Iterator[None]:
     ]
     try:
         for m in training:
-            _set_training(m, False)
+            m.training = False
         yield
     finally:
         for m in training:
-            _set_training(m, True)
+            m.training = True
         for tensors, before in own:
             for name, tensor in before.items():
                 if tensors.get(name) is not tensor:
                     tensors[name] = tensor
         for m, weights, refs in flat:
             m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = weights, refs
-
-
-def _set_training(module: nn.Module, training: bool) -> None:
-    # What a module's own __setattr__ comes to, without its search for parameters and buffers of that name. Modules that
-    # have another one (scripted ones) or keep the flag elsewhere go through it.
-    if type(module).__setattr__ is nn.Module.__setattr__ and "training" in vars(module):
-        vars(module)["training"] = training
-    else:
-        module.training = training

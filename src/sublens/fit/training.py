@@ -325,7 +325,7 @@ def _update_in_two_passes(
 
 
 def _worst(norms: list[float]) -> int:
-    """Which norm is not finite; where only their sum overflows, the largest is to blame."""
+    """Which norm, or square of one, is not finite; where only their sum overflows, the largest is to blame."""
     return max(range(len(norms)), key=lambda i: math.inf if math.isnan(norms[i]) else norms[i])
 
 

@@ -65,7 +65,7 @@ def forward(
         draw: names sample 0 of K.
         first: row of the parameter that is the first of ``weight``, if that is not the whole parameter.
         bias: (out) float32, contiguous.
-        out: memory for the result, contiguous.
+        out: (K, m, out) float32, contiguous: memory for the result, if there is some.
 
     Returns:
         (K, m, out) float32.
