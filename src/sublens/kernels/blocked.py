@@ -55,6 +55,7 @@ def forward(
     first: int = 0,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    reduced: bool = False,
 ) -> Tensor:
     """Each sample's inputs times its masked weight, transposed, plus the bias.
 
@@ -66,6 +67,7 @@ def forward(
         first: row of the parameter that is the first of ``weight``, if that is not the whole parameter.
         bias: (out) float32, contiguous.
         out: (K, m, out) float32, contiguous: memory for the result, if there is some.
+        reduced: round what is multiplied to bfloat16; sums stay float32. Long chunks are multiplied in float32.
 
     Returns:
         (K, m, out) float32.
@@ -82,13 +84,14 @@ def forward(
         loops.BIAS: 0 if bias is None else bias.data_ptr(),
         loops.WIDE: loops.COLUMNS,
     }
-    _run(loops.forward, fields, x, weight, logits, draw, first, packed=x, columns=loops.ROWS)
+    _run(loops.forward, fields, x, weight, logits, draw, first, packed=x, columns=loops.ROWS, reduced=reduced)
     return y
 
 
 @threads.untraced
 def backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 0, *, wants_x: bool
+    gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int = 0, *, wants_x: bool,
+    reduced: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of :func:`forward`, for the same draw.
 
@@ -100,6 +103,7 @@ def backward(
         draw: likewise.
         first: likewise.
         wants_x: whether the inputs' gradient is wanted.
+        reduced: as in the forward pass.
 
     Returns:
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
@@ -119,7 +123,7 @@ def backward(
         loops.OF_INPUTS: 0 if of_x is None else of_x.data_ptr(),
         loops.WIDE: wide,
     }
-    _run(loops.backward, fields, x, weight, logits, draw, first, packed=gradient, columns=2 * wide)
+    _run(loops.backward, fields, x, weight, logits, draw, first, packed=gradient, columns=2 * wide, reduced=reduced)
     return of_x, of_logits
 
 
@@ -211,7 +215,7 @@ _scratch = _Scratch()
 
 def _run(
     loop: object, fields: dict[int, int], x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, *,
-    packed: Tensor, columns: int,
+    packed: Tensor, columns: int, reduced: bool,
 ) -> None:  # fmt: skip
     """Run a loop that packs the rows of a tensor and then holds so many columns of all chunks at a time."""
     loops = cpu.compiled("linear_loops")
@@ -221,12 +225,15 @@ def _run(
     rows = samples * count * length
     parallel = rows * height * across >= _SMALL
     share = loops.MORE + 4 * rows * columns
-    room = packed.new_empty(rows * packed.shape[2])
+    in_word = 2 if reduced else 1
+    turned = rows * math.ceil(packed.shape[2] / in_word) if reduced and packed is not x else 0
+    room = packed.new_empty(rows * (packed.shape[2] + reduced))
     p = [0] * loops.LINEAR_FIELDS
     p[loops.WEIGHT], p[loops.LOGITS], p[loops.INPUTS] = weight.data_ptr(), logits.data_ptr(), x.data_ptr()
     p[loops.HEIGHT], p[loops.ACROSS], p[loops.FIRST] = height, across, first
     p[loops.SAMPLES], p[loops.CHUNK_ROWS], p[loops.PIECES], p[loops.LENGTH] = samples, m, count, length
-    p[loops.PACKED], p[loops.SHARE] = room.data_ptr(), share
+    p[loops.PACKED], p[loops.SHARE], p[loops.IN_WORD] = room.data_ptr(), share, in_word
+    p[loops.TURNED] = 0 if packed is x else room.data_ptr() + 4 * turned
     p[loops.SCRATCH] = _scratch.address(share * (torch.get_num_threads() if parallel else 1))
     cpu.name(p, draw)
     for field, value in fields.items():

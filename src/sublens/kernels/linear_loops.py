@@ -28,6 +28,7 @@ from sublens.kernels.loops import (
     mask_pair,
     times,
 )
+from sublens.kernels.halves import masked_halves_of, masked_rows_of, paired_of, rounded_of
 from sublens.kernels.product import product
 from sublens.kernels.vector import (
     GROUP,
@@ -54,16 +55,19 @@ LONGEST = 4 * REGISTER  # rows of a piece at most
 
 # By what the rows of the first operand are apart: a masked block's rows, its columns, and rows of packed gradients.
 _by_rows, _by_columns, _by_pieces = product(_PITCH), product(1), product()
+_reduced_by_rows, _reduced_by_columns, _reduced_by_pieces = product(_PITCH, True), product(1, True), product(0, True)
 
 INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
-HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
-LINEAR_FIELDS = 29
+HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE, TURNED, IN_WORD = range(17, 31)
+LINEAR_FIELDS = 31
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
 OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
 number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
 PIECES pieces of LENGTH, and a thread takes WIDE columns at a time. BIAS is the address of HEIGHT numbers, or 0. PACKED
 is that of what is put in another order first, PACKING the next part of it and DONE the number of those that are ready;
-both begin at 0."""
+both begin at 0. IN_WORD is the number of neighbours, along what a product sums over, that stand in 32 bits of what it
+is given: 1, or 2 where products are in bfloat16. TURNED is the address of the same rows as at PACKED in words of
+neighbours in a column (the same ones, if IN_WORD is 1), or 0."""
 
 
 @loop(INT, INT, INT, INT, INT, INT)
@@ -80,11 +84,12 @@ def _turn(source: Any, source_r: Any, target: Any, target_r: Any, rows: Any, col
             t[c * target_r + r] = s[r * source_r + c]
 
 
-@loop(INT, INT, WORDS)
-def _pack(source: Any, width: Any, p: Any) -> None:
+@loop(INT, INT, INT, WORDS)
+def _pack(source: Any, width: Any, room: Any, p: Any) -> None:
     """Put (chunk, row, column) in the order (chunk, piece, column, row of the piece), rows filled up with zeros.
 
-    The threads share the work, and each comes back when all of it is done.
+    Of two in a word, columns follow each other at PACKED, rows at TURNED; ``room`` is for PANEL columns of a piece. The
+    threads share the work, and each comes back when all of it is done.
     """
     chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
     columns = (width + PANEL - 1) // PANEL
@@ -97,11 +102,19 @@ def _pack(source: Any, width: Any, p: Any) -> None:
         first = piece % pieces * length
         rows = max(0, min(length, chunk - first))
         size = min(PANEL, width - c)
-        target = p[PACKED] + 4 * (piece * width + c) * length
+        target = room if p[IN_WORD] == 2 else p[PACKED] + 4 * (piece * width + c) * length
         if rows < length:
             fill(target, size * length, f32(0.0))
         if rows > 0:
             _turn(source + 4 * ((piece // pieces * chunk + first) * width + c), width, target, length, rows, size)
+        if p[IN_WORD] == 2:
+            if size % 2 == 1:
+                fill(room + 4 * size * length, length, f32(0.0))
+            words = p[PACKED] + 4 * (piece * ((width + 1) // 2) + c // 2) * length
+            for j in range(0, size, 2):
+                paired_of(words + 2 * j * length, room + 4 * j * length, room + 4 * (j + 1) * length, length)
+            if p[TURNED] != 0:
+                rounded_of(p[TURNED] + 2 * (piece * width + c) * length, room, size * length)
         take(p.ctypes.data + 8 * DONE, 1)
     wait(p.ctypes.data + 8 * DONE, units)
 
@@ -125,10 +138,19 @@ def _add(columns: Any, bias: Any, rows: Any, length: Any) -> None:
 @loop(*[INT] * 6)
 def _panel(source: Any, source_r: Any, target: Any, chunk: Any, rows: Any, size: Any) -> None:
     """(row, column) of a chunk's columns to ``rows`` rows of a panel, rows and columns filled up with zeros."""
-    s, t = carray(pointer(source), ((chunk - 1) * source_r + size,), f32), carray(pointer(target), (rows * PANEL,), f32)
+    s = carray(pointer(source), (max(0, chunk - 1) * source_r + size,), f32)
+    t = carray(pointer(target), (rows * PANEL,), f32)
     for r in range(rows):
         for j in range(PANEL):
             t[r * PANEL + j] = s[r * source_r + j] if r < chunk and j < size else f32(0.0)
+
+
+@loop(*[INT] * 7)
+def _paired_panel(source: Any, source_r: Any, target: Any, chunk: Any, rows: Any, size: Any, room: Any) -> None:
+    """The same in words of two neighbours in a column; ``room`` is for two rows of a panel."""
+    for r in range(0, rows, 2):
+        _panel(source + 4 * r * source_r, source_r, room, chunk - r, 2, size)
+        paired_of(target + 2 * r * PANEL, room, room + 4 * PANEL, PANEL)
 
 
 _SHARE_AHEAD = types.UniTuple(types.int64, 2)
@@ -154,7 +176,8 @@ _APART = 4 * ROWS * _PITCH  # from the masked weights of a sample to those of th
 _TILES = _BLOCK + 2 * _APART
 _LIMITS = _TILES + 2 * 4 * ROWS * PANEL
 _DRAWS = _LIMITS + 2 * ROWS * _PITCH
-MORE = (_DRAWS + 2 * ROWS * _DRAWN + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
+_HALVES = _DRAWS + 2 * ROWS * _DRAWN  # weights in bfloat16
+MORE = (_HALVES + 2 * ROWS * _PITCH + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
 """Bytes that are the same for any layer. Then come the outputs of a block of ROWS rows, or the inputs of WIDE columns
 and their gradient: for each row of the chunks' pieces ROWS numbers, or twice WIDE."""
 
@@ -165,28 +188,73 @@ def _draw_block(scratch: Any, pair: Any, top: Any, left: Any, rows: Any, size: A
         draw_run(scratch + _DRAWS + 2 * r * _DRAWN, (p[FIRST] + top + r) * p[ACROSS] + left, size, pair, p)
 
 
-@loop(*[INT] * 7, WORDS)
-def _mask_block(scratch: Any, sample: Any, together: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
-    """Mask a block for a sample or, if ``together`` is 2, for both of the pair that begins with it."""
-    pattern = PATTERNS[sample % PAIR]
+@njit(types.int64(INT), error_model="numpy", cache=True, nogil=True)
+def _whole(size: Any) -> Any:
+    """The next multiple of GROUP."""
+    return (size + GROUP - 1) // GROUP * GROUP
+
+
+@loop(*[INT] * 5, WORDS)
+def _round_block(scratch: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
+    """Weights of a block in bfloat16: an even number of rows, of whole groups, filled up with zeros."""
+    for r in range(rows + rows % 2):
+        out = scratch + _HALVES + 2 * r * _PITCH
+        done = size - size % WIDTH if r < rows else 0
+        fill(out + 2 * done, (_whole(size) - done) // 2, f32(0.0))
+        weight = p[WEIGHT] + 4 * ((top + r) * p[ACROSS] + left)
+        rounded_of(out, weight, done)
+        if r < rows and done < size:
+            last = carray(pointer(scratch + _BLOCK), (WIDTH,), f32)
+            w = carray(pointer(weight + 4 * done), (size - done,), f32)
+            for j in range(WIDTH):
+                last[j] = w[j] if j < size - done else f32(0.0)
+            rounded_of(out + 2 * done, scratch + _BLOCK, WIDTH)
+
+
+@njit(types.int64(*[INT] * 4, WORDS), error_model="numpy", cache=True, nogil=True)
+def _draws_of(scratch: Any, top: Any, r: Any, left: Any, p: Any) -> Any:
+    """Address of the draws of a block's row, from its first column on."""
+    return scratch + _DRAWS + 2 * (r * _DRAWN + ((p[FIRST] + top + r) * p[ACROSS] + left) % TILE)
+
+
+@loop(*[INT] * 8, WORDS)
+def _mask_block(
+    scratch: Any, sample: Any, together: Any, top: Any, left: Any, rows: Any, size: Any, down: Any, p: Any
+) -> None:
+    """Mask a block for a sample or, if ``together`` is 2, for both of the pair that begins with it.
+
+    Of two weights in a word, rows follow each other if ``down`` is 1, and columns if it is 0.
+    """
+    if p[IN_WORD] == 2:
+        for k in range(together):
+            pattern, out, count = PATTERNS[(sample + k) % PAIR], scratch + _BLOCK + k * _APART, _whole(size)
+            for r in range(0, rows, 1 + down):
+                drawn, at = _draws_of(scratch, top, r, left, p), 2 * r * _PITCH
+                halves, limits = scratch + _HALVES + at, scratch + _LIMITS + at
+                if down == 1:
+                    other = _draws_of(scratch, top, r + 1, left, p)
+                    masked_rows_of(out + at, halves, 2 * _PITCH, drawn, other, limits, pattern, count)
+                else:
+                    masked_halves_of(out + 2 * at, halves, drawn, limits, pattern, count)
+        return
     for r in range(rows):
-        element = (top + r) * p[ACROSS] + left
-        k = scratch + _DRAWS + 2 * (r * _DRAWN + (p[FIRST] * p[ACROSS] + element) % TILE)
+        weight, drawn = p[WEIGHT] + 4 * ((top + r) * p[ACROSS] + left), _draws_of(scratch, top, r, left, p)
         limits = scratch + _LIMITS + 2 * r * _PITCH
         out = scratch + _BLOCK + 4 * r * _PITCH
         if together == 2:
-            mask_pair(out, out + _APART, p[WEIGHT] + 4 * element, k, limits, size)
+            mask_pair(out, out + _APART, weight, drawn, limits, size)
         else:
-            mask(out, p[WEIGHT] + 4 * element, k, limits, pattern, size)
+            mask(out, weight, drawn, limits, PATTERNS[sample % PAIR], size)
 
 
 @loop(WORDS)
 def _forward(p: Any) -> None:
     height, across, samples, wide = p[HEIGHT], p[ACROSS], p[SAMPLES], p[WIDE]
-    chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
+    chunk, pieces, length, in_word = p[CHUNK_ROWS], p[PIECES], p[LENGTH], p[IN_WORD]
+    words = (across + in_word - 1) // in_word
     scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
     sums = scratch + MORE
-    _pack(p[INPUTS], across, p)
+    _pack(p[INPUTS], across, scratch + _TOTAL, p)
     while True:
         top = take(p.ctypes.data, 1) * ROWS
         if top >= height:
@@ -201,25 +269,33 @@ def _forward(p: Any) -> None:
             call, calls = 0, samples * pieces * ((size + _SLICE - 1) // _SLICE)
             for r in range(rows):
                 gates(scratch + _LIMITS + 2 * r * _PITCH, 0, p[LOGITS] + 4 * ((top + r) * across + left), size)
+            if in_word == 2:
+                _round_block(scratch, top, left, rows, size, p)
             i = 0
             while i < samples:
                 sample = p[COUNTER] + i
                 if i == 0 or sample % PAIR == 0:
                     _draw_block(scratch, sample // PAIR, top, left, rows, size, p)
                 together = 2 if sample % 2 == 0 and i + 1 < samples else 1
-                _mask_block(scratch, sample, together, top, left, rows, size, p)
+                _mask_block(scratch, sample, together, top, left, rows, size, 0, p)
                 for k in range(together):
                     for c in range(0, size, _SLICE):
+                        deep = (min(_SLICE, size - c) + in_word - 1) // in_word
                         for part in range(pieces):
                             piece = (i + k) * pieces + part
-                            x = p[PACKED] + 4 * (piece * across + left + c) * length
+                            x = p[PACKED] + 4 * (piece * words + (left + c) // in_word) * length
                             y = sums + 4 * piece * ROWS * length
                             ahead, count = 0, 0
                             if next_size > 0:
                                 ahead, count = _ahead(next_top, next_left, next_size, call, calls, p)
-                            masked = scratch + _BLOCK + k * _APART + 4 * c
-                            _by_rows(length // REGISTER, rows, masked, 1, _PITCH, 0, x, length, 0, y, length,
-                                     min(_SLICE, size - c), 1, i64(left + c == 0), ahead, across, count)  # fmt: skip
+                            masked = scratch + _BLOCK + k * _APART + 4 * (c // in_word)
+                            if in_word == 2:
+                                _reduced_by_rows(length // REGISTER, rows, masked, 1, _PITCH, 0, x, length, 0, y,
+                                                 length, deep, 1, i64(left + c == 0), ahead, across,
+                                                 count)  # fmt: skip
+                            else:
+                                _by_rows(length // REGISTER, rows, masked, 1, _PITCH, 0, x, length, 0, y, length, deep,
+                                         1, i64(left + c == 0), ahead, across, count)  # fmt: skip
                             call += 1
                 i += together
         for i in range(samples):
@@ -234,14 +310,14 @@ def _forward(p: Any) -> None:
 @loop(WORDS)
 def _backward(p: Any) -> None:
     height, across, samples, wide = p[HEIGHT], p[ACROSS], p[SAMPLES], p[WIDE]
-    chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
-    whole = pieces * length
+    chunk, pieces, length, in_word = p[CHUNK_ROWS], p[PIECES], p[LENGTH], p[IN_WORD]
+    whole, deep, words = pieces * length, length // in_word, (height + in_word - 1) // in_word
     scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
     inputs = scratch + MORE
     of_inputs = inputs + 4 * samples * whole * wide
-    odds, limits, draws, total = scratch + _ODDS, scratch + _LIMITS, scratch + _DRAWS, scratch + _TOTAL
+    odds, limits, total = scratch + _ODDS, scratch + _LIMITS, scratch + _TOTAL
     tiles = scratch + _TILES
-    _pack(p[GRADIENT], height, p)
+    _pack(p[GRADIENT], height, total, p)
     while True:
         left = take(p.ctypes.data, 1) * wide
         if left >= across:
@@ -252,12 +328,17 @@ def _backward(p: Any) -> None:
             for c in range(0, size, PANEL):
                 x = p[INPUTS] + 4 * (k * chunk * across + left + c)
                 panel = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
-                _panel(x, across, panel, chunk, whole, min(PANEL, size - c))
+                if in_word == 2:
+                    _paired_panel(x, across, panel, chunk, whole, min(PANEL, size - c), tiles)
+                else:
+                    _panel(x, across, panel, chunk, whole, min(PANEL, size - c))
         for top in range(0, height, ROWS):
             rows = min(ROWS, height - top)
             for r in range(rows):
                 element = (top + r) * across + left
                 gates(limits + 2 * r * _PITCH, odds + 4 * r * _PITCH, p[LOGITS] + 4 * element, size)
+            if in_word == 2 and p[OF_INPUTS] != 0:
+                _round_block(scratch, top, left, rows, size, p)
             fill(total, rows * _PITCH, f32(0.0))
             call, calls = 0, samples * ((size + PANEL - 1) // PANEL)
             i = 0
@@ -268,19 +349,24 @@ def _backward(p: Any) -> None:
                 together = 2 if sample % 2 == 0 and i + 1 < samples else 1
                 for c in range(0, size, PANEL):
                     for k in range(i, i + together):
-                        g = p[PACKED] + 4 * (k * pieces * height + top) * length
+                        g = p[TURNED] + 4 * (k * pieces * height + top) * deep
                         x = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
                         ahead, count = 0, 0
                         if top + ROWS < height:
                             ahead, count = _ahead(top + ROWS, left, size, call, calls, p)
-                        _by_pieces(PANEL // REGISTER, rows, g, 1, length, height * length, x, PANEL, length * PANEL,
-                                   tiles + 4 * (k - i) * ROWS * PANEL, PANEL, length, pieces, 1, ahead, across,
-                                   count)  # fmt: skip
+                        tile = tiles + 4 * (k - i) * ROWS * PANEL
+                        if in_word == 2:
+                            _reduced_by_pieces(PANEL // REGISTER, rows, g, 1, deep, height * deep, x, PANEL,
+                                               deep * PANEL, tile, PANEL, deep, pieces, 1, ahead, across,
+                                               count)  # fmt: skip
+                        else:
+                            _by_pieces(PANEL // REGISTER, rows, g, 1, deep, height * deep, x, PANEL, deep * PANEL, tile,
+                                       PANEL, deep, pieces, 1, ahead, across, count)  # fmt: skip
                         call += 1
                     # Of a panel beyond the weight's last column the rest is computed too, from whatever the tables
                     # hold there, and never read.
                     for r in range(rows):
-                        drawn = draws + 2 * (r * _DRAWN + ((p[FIRST] + top + r) * across + left) % TILE + c)
+                        drawn = _draws_of(scratch, top, r, left, p) + 2 * c
                         at, tile = 4 * (r * _PITCH + c), tiles + 4 * r * PANEL
                         if together == 2:
                             other = tile + 4 * ROWS * PANEL
@@ -288,16 +374,21 @@ def _backward(p: Any) -> None:
                         else:
                             fold_of(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
                 if p[OF_INPUTS] != 0:
-                    _mask_block(scratch, sample, together, top, left, rows, size, p)
+                    _mask_block(scratch, sample, together, top, left, rows, size, 1, p)
                     for k in range(i, i + together):
                         for c in range(0, size, _STRIP):
                             for part in range(pieces):
                                 piece = k * pieces + part
-                                g = p[PACKED] + 4 * (piece * height + top) * length
+                                g = p[PACKED] + 4 * (piece * words + top // in_word) * length
                                 x = of_inputs + 4 * (piece * size + c) * length
                                 masked = scratch + _BLOCK + (k - i) * _APART + 4 * c
-                                _by_columns(length // REGISTER, min(_STRIP, size - c), masked, _PITCH, 1, 0, g, length,
-                                            0, x, length, rows, 1, i64(top == 0), 0, 0, 0)  # fmt: skip
+                                strip, sums = min(_STRIP, size - c), (rows + in_word - 1) // in_word
+                                if in_word == 2:
+                                    _reduced_by_columns(length // REGISTER, strip, masked, _PITCH, 1, 0, g, length, 0,
+                                                        x, length, sums, 1, i64(top == 0), 0, 0, 0)  # fmt: skip
+                                else:
+                                    _by_columns(length // REGISTER, strip, masked, _PITCH, 1, 0, g, length, 0, x,
+                                                length, sums, 1, i64(top == 0), 0, 0, 0)  # fmt: skip
                 i += together
             for r in range(rows):
                 element = 4 * ((top + r) * across + left)

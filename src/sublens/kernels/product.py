@@ -11,10 +11,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from sublens.kernels.halves import summed
 from sublens.kernels.vector import F32, FUSE, I64, LONG_FLOATS, REGISTER, fetch, integer, load, spread, store
 
 
-def _emit_panel(b: Any, rows: int, vectors: int, apart: int, args: Sequence[Any]) -> None:
+def _emit_panel(b: Any, rows: int, vectors: int, apart: int, reduced: bool, args: Sequence[Any]) -> None:
     """C[r] += sum over o and t of A[o, t, r] B[o, t], for ``rows`` rows r of ``vectors`` vectors, kept in registers."""
     a, b_, c = args[0], args[4], args[7]
     a_t, a_r, a_o, b_t, b_o, c_r = (b.mul(stride, integer(4)) for stride in (*args[1:4], *args[5:7], args[8]))
@@ -50,7 +51,8 @@ def _emit_panel(b: Any, rows: int, vectors: int, apart: int, args: Sequence[Any]
         return load(b, LONG_FLOATS, b.add(b_inner, integer(4 * REGISTER * v)))
 
     def step(x: Any, y: Any, place: tuple[int, int]) -> Any:
-        return b.fadd(b.fmul(x, y, flags=FUSE), sums[places.index(place)], flags=FUSE)
+        total = sums[places.index(place)]
+        return summed(b, x, y, total) if reduced else b.fadd(b.fmul(x, y, flags=FUSE), total, flags=FUSE)
 
     # Whichever side needs fewer registers is held, the other comes one by one: 12 sums, 3 held, 1 passing make 16;
     # 24 sums, 4 held, 1 passing make 29 of 32.
@@ -84,14 +86,14 @@ def _emit_panel(b: Any, rows: int, vectors: int, apart: int, args: Sequence[Any]
         store(b, value, target)
 
 
-def _panel(rows: int, vectors: int, apart: int) -> Any:
+def _panel(rows: int, vectors: int, apart: int, reduced: bool) -> Any:
     @intrinsic
     def panel(
         typingctx: Any, a: Any, a_t: Any, a_r: Any, a_o: Any, b: Any, b_t: Any, b_o: Any, c: Any, c_r: Any, n: Any,
         m: Any, fresh: Any,
     ) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _emit_panel(builder, rows, vectors, apart, args)
+            _emit_panel(builder, rows, vectors, apart, reduced, args)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 12), codegen
@@ -99,10 +101,10 @@ def _panel(rows: int, vectors: int, apart: int) -> Any:
     return panel
 
 
-def _by(vectors: int, apart: int) -> Any:
+def _by(vectors: int, apart: int, reduced: bool) -> Any:
     """C[r] for all rows: as many as registers allow at a time, then a few, then one by one."""
     many, few = _ROWS[vectors]
-    of_many, of_few, of_one = (_panel(rows, vectors, apart) for rows in (many, few, 1))
+    of_many, of_few, of_one = (_panel(rows, vectors, apart, reduced) for rows in (many, few, 1))
 
     @njit(error_model="numpy", nogil=True)
     def run(
@@ -131,7 +133,7 @@ _ROWS = (
 """Rows of a product that are summed at once, by their number of vectors."""
 
 
-def product(apart: int = 0) -> Any:
+def product(apart: int = 0, reduced: bool = False) -> Any:
     """A function for Numba: C[r] += sum over o < m and t < n of A[o, t, r] B[o, t], for rows of 1 to 4 vectors.
 
     It takes ``(vectors, rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)``: A, B and
@@ -142,8 +144,9 @@ def product(apart: int = 0) -> Any:
     Args:
         apart: the stride of A along r, if it is always the same. It is then part of the instructions. Otherwise one
             row's address is computed from the last one's, and many rows of few vectors wait for that.
+        reduced: A and B are words of two bfloat16 numbers, that follow each other along t. C stays float32.
     """
-    by_1, by_2, by_3, by_4 = (_by(vectors, apart) for vectors in (1, 2, 3, 4))
+    by_1, by_2, by_3, by_4 = (_by(vectors, apart, reduced) for vectors in (1, 2, 3, 4))
 
     @njit(error_model="numpy", nogil=True)
     def run(

@@ -19,15 +19,15 @@ from sublens.noise import LANES, LEVELS, PARITY, ROTATIONS, ROUNDS, TILE
 
 WIDTH = 8
 _LINE = 64  # bytes that a cache moves at a time
-F32, _I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOATS, _WORDS = ir.VectorType(F32, WIDTH), ir.VectorType(I32, WIDTH)
 # What is compiled for, which Numba's environment variables may change: (triple, name, features).
-_TRIPLE, _, _LISTED = cpu_target.target_context.codegen().magic_tuple()
-_FEATURES = _LISTED.split(",")
-REGISTER = 16 if "+avx512f" in _FEATURES else 8
+_TRIPLE, CPU, _LISTED = cpu_target.target_context.codegen().magic_tuple()
+FEATURES = _LISTED.split(",")
+REGISTER = 16 if "+avx512f" in FEATURES else 8
 """Numbers in a vector of the product, and of the gates."""
-LONG_FLOATS, _LONG_WORDS = ir.VectorType(F32, REGISTER), ir.VectorType(I32, REGISTER)
-_LONG_HALVES = ir.VectorType(_I16, REGISTER)
+LONG_FLOATS, LONG_WORDS = ir.VectorType(F32, REGISTER), ir.VectorType(I32, REGISTER)
+_LONG_HALVES = ir.VectorType(I16, REGISTER)
 # A product and the sum it goes into may be one instruction (fused multiply-add) where the processor has it.
 FUSE = ("contract",)
 
@@ -51,9 +51,9 @@ def load(b: Any, vector: Any, address: Any, align: int = 4) -> Any:
     return value
 
 
-def store(b: Any, value: Any, address: Any) -> None:
+def store(b: Any, value: Any, address: Any, align: int = 4) -> None:
     """Write a vector to such an address."""
-    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 4
+    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = align
 
 
 @intrinsic
@@ -244,19 +244,19 @@ def _emit_gates(b: Any, with_odds: bool, args: Sequence[Any]) -> None:
     z = [b.fadd(y[i], numbers(ROUNDER)) for i in chains]
     f = [b.fsub(z[i], numbers(ROUNDER)) for i in chains]
     f = [b.fsub(y[i], f[i]) for i in chains]
-    z = [b.shl(b.bitcast(z[i], _LONG_WORDS), ir.Constant(_LONG_WORDS, [23] * REGISTER)) for i in chains]
+    z = [b.shl(b.bitcast(z[i], LONG_WORDS), ir.Constant(LONG_WORDS, [23] * REGISTER)) for i in chains]
     p = [numbers(POLYNOMIAL[0]) for i in chains]
     for coefficient in POLYNOMIAL[1:]:
         p = [b.fmul(p[i], f[i]) for i in chains]
         p = [b.fadd(p[i], numbers(coefficient)) for i in chains]
-    o = [b.bitcast(b.add(b.bitcast(p[i], _LONG_WORDS), z[i]), LONG_FLOATS) for i in chains]
+    o = [b.bitcast(b.add(b.bitcast(p[i], LONG_WORDS), z[i]), LONG_FLOATS) for i in chains]
     if with_odds:
         for i in chains:
             store(b, o[i], b.add(odds, b.mul(places[i], integer(4))))
     t = [b.fadd(numbers(1.0), o[i]) for i in chains]
     t = [b.fdiv(numbers(float(LEVELS)), t[i]) for i in chains]
     t = [b.fadd(t[i], numbers(0.5)) for i in chains]
-    t = [b.fptosi(t[i], _LONG_WORDS) for i in chains]
+    t = [b.fptosi(t[i], LONG_WORDS) for i in chains]
     for i in chains:
         store(b, b.trunc(t[i], _LONG_HALVES), b.add(limits, b.mul(places[i], integer(2))))
     following = b.add(j, integer(GROUP))
@@ -268,18 +268,23 @@ def _emit_gates(b: Any, with_odds: bool, args: Sequence[Any]) -> None:
 limits_of, limits_and_odds_of = _gates(False), _gates(True)
 
 
-def _in_groups(b: Any, count: Any, work: Callable[[list[Any]], None]) -> None:
-    """Do some work for every GROUP of ``count`` numbers, a multiple of it: it is given the first of each vector."""
-    before, loop, after = b.block, b.append_basic_block("group"), b.append_basic_block("grouped")
+def in_steps(b: Any, step: int, count: Any, work: Callable[[Any], None]) -> None:
+    """Do some work for every ``step`` of ``count`` numbers, a multiple of it: it is given the first one's place."""
+    before, loop, after = b.block, b.append_basic_block("steps"), b.append_basic_block("stepped")
     b.cbranch(b.icmp_signed(">", count, integer(0)), loop, after)
     b.position_at_end(loop)
     j = b.phi(I64)
     j.add_incoming(integer(0), before)
-    work([b.add(j, integer(REGISTER * i)) for i in range(GROUP // REGISTER)])
-    following = b.add(j, integer(GROUP))
+    work(j)
+    following = b.add(j, integer(step))
     j.add_incoming(following, loop)
     b.cbranch(b.icmp_signed("<", following, count), loop, after)
     b.position_at_end(after)
+
+
+def _in_groups(b: Any, count: Any, work: Callable[[list[Any]], None]) -> None:
+    """Do some work for every GROUP of ``count`` numbers, a multiple of it: it is given the first of each vector."""
+    in_steps(b, GROUP, count, lambda j: work([b.add(j, integer(REGISTER * i)) for i in range(GROUP // REGISTER)]))
 
 
 def _numbers(b: Any, address: Any, places: list[Any]) -> list[Any]:
@@ -301,7 +306,7 @@ def masked_of(typingctx: Any, out: Any, weight: Any, drawn: Any, limits: Any, pa
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         out, weight, drawn, limits, pattern, count = args
-        pattern = spread(b, _LONG_HALVES, b.trunc(pattern, _I16))
+        pattern = spread(b, _LONG_HALVES, b.trunc(pattern, I16))
         nothing = ir.Constant(LONG_FLOATS, [0.0] * REGISTER)
 
         def work(places: list[Any]) -> None:
@@ -324,7 +329,7 @@ def masked_pair_of(
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         out, other, weight, drawn, limits, pattern, second, count = args
-        pattern, second = (spread(b, _LONG_HALVES, b.trunc(each, _I16)) for each in (pattern, second))
+        pattern, second = (spread(b, _LONG_HALVES, b.trunc(each, I16)) for each in (pattern, second))
         nothing = ir.Constant(LONG_FLOATS, [0.0] * REGISTER)
 
         def work(places: list[Any]) -> None:
@@ -437,9 +442,9 @@ def _fused(b: Any, x: list[Any], y: list[Any], z: list[Any]) -> list[Any]:
 
 def _uniform(b: Any, drawn: Any, pattern: Any, places: list[Any]) -> tuple[list[Any], list[Any]]:
     """2 k + 1 and 2 LEVELS less that, whose quotient is u / (1 - u), as float32 numbers; both are exact."""
-    pattern = spread(b, _LONG_HALVES, b.trunc(pattern, _I16))
-    one, levels = ir.Constant(_LONG_WORDS, [1] * REGISTER), ir.Constant(LONG_FLOATS, [2.0 * LEVELS] * REGISTER)
-    k = [b.zext(b.xor(draws, pattern), _LONG_WORDS) for draws in _halves(b, drawn, places)]
+    pattern = spread(b, _LONG_HALVES, b.trunc(pattern, I16))
+    one, levels = ir.Constant(LONG_WORDS, [1] * REGISTER), ir.Constant(LONG_FLOATS, [2.0 * LEVELS] * REGISTER)
+    k = [b.zext(b.xor(draws, pattern), LONG_WORDS) for draws in _halves(b, drawn, places)]
     x = [b.sitofp(b.or_(b.shl(words, one), one), LONG_FLOATS) for words in k]
     return x, [b.fsub(levels, each) for each in x]
 
