@@ -45,21 +45,29 @@ def assert_near(found: Tensor, expected: Tensor, magnitude: Tensor, terms: int) 
     assert bool(((found.double() - expected).abs() <= limit).all())
 
 
-def assert_agrees(samples: int, m: int, width: int, height: int, draw: Draw = DRAW) -> None:
+def assert_agrees(
+    samples: int, m: int, width: int, height: int, draw: Draw = DRAW, *, reduced: bool | None = None
+) -> None:
+    """Check one precision, or both. In bfloat16 inputs, weights and gradients are rounded first; sums are the same."""
+    if reduced is None:
+        assert_agrees(samples, m, width, height, draw, reduced=True)
     x, weight, logits, gradient = problem(samples, m, width, height)
-    y = blocked.forward(x, weight, logits, draw)
-    of_x, of_logits = blocked.backward(gradient, x, weight, logits, draw, wants_x=True)
-    nothing, alone = blocked.backward(gradient, x, weight, logits, draw, wants_x=False)
+    y = blocked.forward(x, weight, logits, draw, reduced=bool(reduced))
+    of_x, of_logits = blocked.backward(gradient, x, weight, logits, draw, wants_x=True, reduced=bool(reduced))
+    nothing, alone = blocked.backward(gradient, x, weight, logits, draw, wants_x=False, reduced=bool(reduced))
     assert of_x is not None
     assert nothing is None
     assert torch.equal(alone, of_logits)
     total, magnitude = torch.zeros(height, width).double(), torch.zeros(height, width).double()
+    whole = weight
+    if reduced:
+        x, weight, gradient = (tensor.bfloat16().float() for tensor in (x, weight, gradient))
     for k in range(samples):
         masked = reference.masked(weight, logits, sample_of(draw, k)).double()
         inputs, grad = x[k].double(), gradient[k].double()
         assert_near(y[k], inputs @ masked.T, inputs.abs() @ masked.abs().T, width)
         assert_near(of_x[k], grad @ masked, grad.abs() @ masked.abs(), height)
-        slope = weight.double() * reference.slope(logits, sample_of(draw, k)).double()
+        slope = whole.double() * reference.slope(logits, sample_of(draw, k)).double()
         total += grad.T @ inputs * slope
         magnitude += grad.abs().T @ inputs.abs() * slope.abs()
     assert_near(of_logits, total, magnitude, samples * (m + 10))
@@ -88,7 +96,20 @@ def test_agrees_for_any_sizes_and_first_sample(samples: int, m: int, width: int,
 @pytest.mark.parametrize(("samples", "width", "height"), [(1, 70, 53), (3, 1024, 400), (2, 3, 2**19 + 5)])
 def test_agrees_for_long_chunks(samples: int, width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "_LONG", 12)
-    assert_agrees(samples, 13, width, height)
+    assert_agrees(samples, 13, width, height, reduced=False)  # long chunks are not multiplied in bfloat16
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, -math.nan, math.inf, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-20]
+)
+def test_rounds_to_bfloat16_as_torch_does(value: float) -> None:
+    # One open gate, so that the weight comes out as it was multiplied; as a number of its own, and of a pair.
+    logits, one = torch.full((1, 1), 10.0), torch.ones(1, 1, 1)
+    weight = torch.full((1, 1), value)
+    y = blocked.forward(one, weight, logits, DRAW, reduced=True)
+    torch.testing.assert_close(y.view(1, 1), weight.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+    y = blocked.forward(weight.view(1, 1, 1), one.view(1, 1), logits, DRAW, reduced=True)
+    torch.testing.assert_close(y.view(1, 1), weight.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("long", [12, 256])

@@ -125,6 +125,7 @@ class _Source:
     chunks: int
     first: int = 0  # row of the parameter at which logits and weight begin
     examples: int = 0  # number of examples, where they are not in the first dimension but the last but one
+    reduced: bool = False  # products in bfloat16
 
     def rows(self, sizes: int | Sequence[int]) -> "list[_Source]":
         """Parts of so many rows each, as ``torch.split`` makes them."""
@@ -210,13 +211,14 @@ def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, A
 
 def _linear_and_bias(x: Tensor, source: _Source, bias: Any) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
-        # The loops have one precision. On processors without matrix units they are faster in it than PyTorch in half of
-        # it; what goes into a layer and comes out has the precision that was asked for.
+        # What goes into a layer and comes out has the precision that was asked for. What is multiplied has it where
+        # the processor gains by that: elsewhere the loops are faster in float32 than PyTorch in half of it.
         asked = torch.get_autocast_dtype("cpu")
         if x.dtype not in (torch.float32, asked):
             raise NotLinearError(f"an input of {x.dtype} under autocast to {asked}")
         with torch.autocast("cpu", enabled=False):
-            return _linear_and_bias(x.float(), source, bias).to(asked)
+            reduced = asked == torch.bfloat16 and blocked.multiplies_bfloat16()
+            return _linear_and_bias(x.float(), replace(source, reduced=reduced), bias).to(asked)
     within = _bias_within(bias, source)
     y = _linear(x, source, bias if within else None)
     return y if within or bias is None else y + bias
@@ -237,7 +239,7 @@ def _bias_within(bias: Any, source: _Source) -> bool:
 def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
     if x.shape[-1:] != source.weight.shape[1:]:
         raise WidthError(f"an input of shape {tuple(x.shape)} for a weight of {tuple(source.weight.shape)}")
-    parts = (source.logits, source.weight, source.draw, source.first)
+    parts = (source.logits, source.weight, source.draw, source.first, source.reduced)
     if source.chunks == 0:
         return _Linear.apply(x, *parts)  # type: ignore[no-any-return]
     rest = (*parts, source.chunks, bias)
@@ -290,7 +292,7 @@ class _Linear(torch.autograd.Function):
     """Seen by one chunk under vmap; the work is done by the vmap rule, for all chunks."""
 
     @staticmethod
-    def forward(x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int) -> Tensor:
+    def forward(x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int, reduced: bool) -> Tensor:
         raise NotLinearError("an input that does not depend on the batch")
 
     @staticmethod
@@ -311,24 +313,26 @@ class _LinearOfSamples(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int, chunks: int,
-        bias: Tensor | None,
+        ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int, reduced: bool,
+        chunks: int, bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
         # In order, as torch's own layer keeps it: a network may write into a transposed input afterwards.
         flat = _in_order(x, chunks)
         ctx.save_for_backward(flat, logits, weight)
-        ctx.draw, ctx.first, ctx.shape = draw, first, x.shape  # type: ignore[attr-defined]
+        ctx.draw, ctx.first, ctx.reduced, ctx.shape = draw, first, reduced, x.shape  # type: ignore[attr-defined]
         # Not a view of the result: autograd would forbid the network to change that in place, as a ReLU may.
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        blocked.forward(flat, weight, logits.detach(), draw, first, bias, out=y.view(*flat.shape[:2], -1))
+        blocked.forward(flat, weight, logits.detach(), draw, first, bias, y.view(*flat.shape[:2], -1), reduced)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, logits, weight = ctx.saved_tensors
         wants, gradient = ctx.needs_input_grad[0], _in_order(gradient, x.shape[0])
-        of_x, of_logits = blocked.backward(gradient, x, weight, logits, ctx.draw, ctx.first, wants_x=wants)
-        return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None, None, None, None
+        of_x, of_logits = blocked.backward(
+            gradient, x, weight, logits, ctx.draw, ctx.first, wants_x=wants, reduced=ctx.reduced
+        )
+        return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None, None, None, None, None
 
 
 def _in_order(x: Tensor, chunks: int) -> Tensor:

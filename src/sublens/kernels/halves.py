@@ -11,13 +11,27 @@ from numba import types
 from numba.extending import intrinsic
 
 from sublens.kernels.vector import (
-    CPU, FEATURES, FUSE, GROUP, I16, I32, LONG_FLOATS, LONG_WORDS, REGISTER, WIDTH, F32, in_steps, integer, load,
-    spread, store,
-)  # fmt: skip
+    CPU,
+    F32,
+    FEATURES,
+    FUSE,
+    GROUP,
+    I16,
+    I32,
+    LONG_FLOATS,
+    LONG_WORDS,
+    REGISTER,
+    WIDTH,
+    in_steps,
+    integer,
+    load,
+    spread,
+    store,
+)
 
 FAST = "+avx512bf16" in FEATURES and CPU.startswith("znver")
-"""Whether products in bfloat16 are faster here than in float32. AMD's processors with the instruction do twice as many of
-them, Intel's half as many."""
+"""Whether products in bfloat16 are faster here than in float32. AMD's processors with the instruction do twice as many
+of them, Intel's half as many."""
 _DOTS = "+avx512bf16" in FEATURES and REGISTER == 16
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from numba import carray, cfunc, njit, types
 
+from sublens.kernels.halves import masked_halves_of, masked_rows_of, paired_of, rounded_of
 from sublens.kernels.loops import (
     COUNTER,
     GRADIENT,
@@ -28,7 +29,6 @@ from sublens.kernels.loops import (
     mask_pair,
     times,
 )
-from sublens.kernels.halves import masked_halves_of, masked_rows_of, paired_of, rounded_of
 from sublens.kernels.product import product
 from sublens.kernels.vector import (
     GROUP,
@@ -58,7 +58,8 @@ _by_rows, _by_columns, _by_pieces = product(_PITCH), product(1), product()
 _reduced_by_rows, _reduced_by_columns, _reduced_by_pieces = product(_PITCH, True), product(1, True), product(0, True)
 
 INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
-HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE, TURNED, IN_WORD = range(17, 31)
+HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
+TURNED, IN_WORD = 29, 30
 LINEAR_FIELDS = 31
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
 OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
