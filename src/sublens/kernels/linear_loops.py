@@ -29,7 +29,7 @@ from sublens.kernels.loops import (
     mask_pair,
     times,
 )
-from sublens.kernels.product import product
+from sublens.kernels.product import product, product_of
 from sublens.kernels.vector import (
     GROUP,
     REGISTER,
@@ -54,8 +54,9 @@ PANEL = GROUP  # columns of the inputs' layout for the weight gradient
 LONGEST = 4 * REGISTER  # rows of a piece at most
 
 # By what the rows of the first operand are apart: a masked block's rows, its columns, and rows of packed gradients.
-_by_rows, _by_columns, _by_pieces = product(_PITCH), product(1), product()
-_reduced_by_rows, _reduced_by_columns, _reduced_by_pieces = product(_PITCH, True), product(1, True), product(0, True)
+_by_rows, _by_columns, _by_pieces = product(_PITCH), product(1), product_of(PANEL // REGISTER)
+_reduced_by_rows, _reduced_by_columns = product(_PITCH, reduced=True), product(1, reduced=True)
+_reduced_by_pieces = product_of(PANEL // REGISTER, reduced=True)
 
 INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
 HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
@@ -357,11 +358,11 @@ def _backward(p: Any) -> None:
                             ahead, count = _ahead(top + ROWS, left, size, call, calls, p)
                         tile = tiles + 4 * (k - i) * ROWS * PANEL
                         if in_word == 2:
-                            _reduced_by_pieces(PANEL // REGISTER, rows, g, 1, deep, height * deep, x, PANEL,
+                            _reduced_by_pieces(rows, g, 1, deep, height * deep, x, PANEL,
                                                deep * PANEL, tile, PANEL, deep, pieces, 1, ahead, across,
                                                count)  # fmt: skip
                         else:
-                            _by_pieces(PANEL // REGISTER, rows, g, 1, deep, height * deep, x, PANEL, deep * PANEL, tile,
+                            _by_pieces(rows, g, 1, deep, height * deep, x, PANEL, deep * PANEL, tile,
                                        PANEL, deep, pieces, 1, ahead, across, count)  # fmt: skip
                         call += 1
                     # Of a panel beyond the weight's last column the rest is computed too, from whatever the tables

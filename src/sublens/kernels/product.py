@@ -101,8 +101,11 @@ def _panel(rows: int, vectors: int, apart: int, reduced: bool) -> Any:
     return panel
 
 
-def _by(vectors: int, apart: int, reduced: bool) -> Any:
-    """C[r] for all rows: as many as registers allow at a time, then a few, then one by one."""
+def product_of(vectors: int, apart: int = 0, reduced: bool = False) -> Any:
+    """The function of :func:`product` for rows of so many vectors only; it is not given their number.
+
+    Rows are taken as many as registers allow at a time, then a few, then one by one.
+    """
     many, few = _ROWS[vectors]
     of_many, of_few, of_one = (_panel(rows, vectors, apart, reduced) for rows in (many, few, 1))
 
@@ -146,7 +149,7 @@ def product(apart: int = 0, reduced: bool = False) -> Any:
             row's address is computed from the last one's, and many rows of few vectors wait for that.
         reduced: A and B are words of two bfloat16 numbers, that follow each other along t. C stays float32.
     """
-    by_1, by_2, by_3, by_4 = (_by(vectors, apart, reduced) for vectors in (1, 2, 3, 4))
+    by_1, by_2, by_3, by_4 = (product_of(vectors, apart, reduced) for vectors in (1, 2, 3, 4))
 
     @njit(error_model="numpy", nogil=True)
     def run(
