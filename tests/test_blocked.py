@@ -38,19 +38,24 @@ def sample_of(draw: Draw, number: int) -> Draw:
     return Draw(draw.seed, draw.step, draw.sample + number, draw.parameter)
 
 
-def assert_near(found: Tensor, expected: Tensor, magnitude: Tensor, terms: int) -> None:
+def assert_near(found: Tensor, expected: Tensor, magnitude: Tensor, terms: int, coarse: float = 0.0) -> None:
     assert found.shape == expected.shape
     assert found.dtype == torch.float32
-    limit = ROUNDING * math.sqrt(terms) * magnitude + 1e-30
+    limit = (ROUNDING * math.sqrt(terms) + coarse) * magnitude + 1e-30
     assert bool(((found.double() - expected).abs() <= limit).all())
 
 
 def assert_agrees(
     samples: int, m: int, width: int, height: int, draw: Draw = DRAW, *, reduced: bool | None = None
 ) -> None:
-    """Check one precision, or both. In bfloat16 inputs, weights and gradients are rounded first; sums are the same."""
+    """Check one precision, or both.
+
+    In bfloat16 inputs, weights and gradients are rounded first. Sums are the same, but those of long chunks are rounded
+    to 8 bits at the end, each by at most 2 ** -9 of it.
+    """
     if reduced is None:
         assert_agrees(samples, m, width, height, draw, reduced=True)
+    coarse = 2.0**-8 if reduced and m >= blocked._LONG else 0.0
     x, weight, logits, gradient = problem(samples, m, width, height)
     y = blocked.forward(x, weight, logits, draw, reduced=bool(reduced))
     of_x, of_logits = blocked.backward(gradient, x, weight, logits, draw, wants_x=True, reduced=bool(reduced))
@@ -65,12 +70,12 @@ def assert_agrees(
     for k in range(samples):
         masked = reference.masked(weight, logits, sample_of(draw, k)).double()
         inputs, grad = x[k].double(), gradient[k].double()
-        assert_near(y[k], inputs @ masked.T, inputs.abs() @ masked.abs().T, width)
-        assert_near(of_x[k], grad @ masked, grad.abs() @ masked.abs(), height)
+        assert_near(y[k], inputs @ masked.T, inputs.abs() @ masked.abs().T, width, coarse)
+        assert_near(of_x[k], grad @ masked, grad.abs() @ masked.abs(), height, coarse)
         slope = whole.double() * reference.slope(logits, sample_of(draw, k)).double()
         total += grad.T @ inputs * slope
         magnitude += grad.abs().T @ inputs.abs() * slope.abs()
-    assert_near(of_logits, total, magnitude, samples * (m + 10))
+    assert_near(of_logits, total, magnitude, samples * (m + 10), coarse)
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 24, 31, 32, 33, 40, 72, 128])
@@ -96,7 +101,7 @@ def test_agrees_for_any_sizes_and_first_sample(samples: int, m: int, width: int,
 @pytest.mark.parametrize(("samples", "width", "height"), [(1, 70, 53), (3, 1024, 400), (2, 3, 2**19 + 5)])
 def test_agrees_for_long_chunks(samples: int, width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "_LONG", 12)
-    assert_agrees(samples, 13, width, height, reduced=False)  # long chunks are not multiplied in bfloat16
+    assert_agrees(samples, 13, width, height)
 
 
 @pytest.mark.parametrize(

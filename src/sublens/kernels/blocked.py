@@ -74,7 +74,8 @@ def forward(
         first: row of the parameter that is the first of ``weight``, if that is not the whole parameter.
         bias: (out) float32, contiguous.
         out: (K, m, out) float32, contiguous: memory for the result, if there is some.
-        reduced: round what is multiplied to bfloat16; sums stay float32. Long chunks are multiplied in float32.
+        reduced: round what is multiplied to bfloat16. Sums stay float32; those of long chunks are rounded at the end,
+            as PyTorch's own products in bfloat16 are.
 
     Returns:
         (K, m, out) float32.
@@ -83,7 +84,7 @@ def forward(
     height = weight.shape[0]
     y = x.new_empty(samples, m, height) if out is None else out
     if m >= _LONG:
-        _forward_long(y, x, weight, logits, draw, first)
+        _forward_long(y, x, weight, logits, draw, first, reduced)
         return y if bias is None else y.add_(bias)
     loops = cpu.compiled("linear_loops")
     fields = {
@@ -124,7 +125,7 @@ def backward(
     """
     _, m, width = x.shape
     if m >= _LONG:
-        return _backward_long(gradient, x, weight, logits, draw, first, wants_x)
+        return _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced)
     loops = cpu.compiled("linear_loops")
     of_logits = _for_gradient(logits)
     of_x = torch.empty_like(x) if wants_x else None
@@ -156,26 +157,35 @@ def _blocks(samples: int, weight: Tensor) -> Iterator[slice]:
         yield slice(top, min(top + rows, height))
 
 
-def _forward_long(y: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int) -> None:
+def _forward_long(y: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, reduced: bool) -> None:
     samples, _, width = x.shape
+    x = _in_precision(x, reduced)
     for rows in _blocks(samples, weight):
-        masked = x.new_empty(samples, rows.stop - rows.start, width)
+        masked = weight.new_empty(samples, rows.stop - rows.start, width)
         where = {"begin": rows.start * width, "before": first * width}
         cpu.walk(weight, logits, draw, masked=masked, samples=samples, **where)
         for k in range(samples):
-            torch.mm(x[k], masked[k].T, out=y[k, :, rows])
+            _multiply(x[k], _in_precision(masked[k], reduced).T, y[k, :, rows])
 
 
 @torch.no_grad()  # where a graph of the gradient is asked for, there is none, as for short chunks
 def _backward_long(
-    gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, wants_x: bool
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    draw: Draw,
+    first: int,
+    wants_x: bool,
+    reduced: bool,
 ) -> tuple[Tensor | None, Tensor]:
     samples, _, width = x.shape
     of_x, of_logits = torch.zeros_like(x) if wants_x else None, _for_gradient(logits)
+    x, gradient = _in_precision(x, reduced), _in_precision(gradient, reduced)
     for rows in _blocks(samples, weight):
-        of_weights = x.new_empty(samples, rows.stop - rows.start, width)
+        of_weights = weight.new_empty(samples, rows.stop - rows.start, width)
         for k in range(samples):
-            torch.mm(gradient[k, :, rows].T, x[k], out=of_weights[k])
+            _multiply(gradient[k, :, rows].T, x[k], of_weights[k])
         masked = torch.empty_like(of_weights) if wants_x else None
         where = {"begin": rows.start * width, "before": first * width}
         cpu.walk(
@@ -183,8 +193,23 @@ def _backward_long(
         )
         if of_x is not None and masked is not None:
             for k in range(samples):
-                of_x[k].addmm_(gradient[k, :, rows], masked[k])
+                if reduced:
+                    of_x[k] += torch.mm(gradient[k, :, rows], _in_precision(masked[k], reduced))
+                else:
+                    of_x[k].addmm_(gradient[k, :, rows], masked[k])
     return of_x, of_logits
+
+
+def _in_precision(x: Tensor, reduced: bool) -> Tensor:
+    return x.bfloat16() if reduced else x
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a product of float32 or bfloat16 matrices as float32 numbers."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
 
 
 _LARGE = 2**18  # numbers from which on the allocator gives freed memory back to the system
