@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sublens as sl
 from sublens import linear_route, recurrent_route
+from sublens.kernels import blocked
 from sublens.linear_route import per_example
 from sublens.noise import parameter_id
 
@@ -699,12 +700,23 @@ def test_a_bias_of_any_form_is_added_as_by_the_general_route(
     torch.testing.assert_close(y, sl.MaskedNetwork(network, samples=samples)(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("gains", [True, False], ids=["reduced-products", "whole-products"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("make", [lambda: chain(nn.ReLU()), Residual], ids=["chain", "residual"])
-def test_under_autocast_layers_give_what_was_asked_for_from_whole_products(
-    make: Callable[[], nn.Module], samples: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_under_autocast_layers_give_what_was_asked_for(
+    make: Callable[[], nn.Module], samples: int, dtype: torch.dtype, gains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Of both kinds of processor, whichever this one is.
+    monkeypatch.setattr(blocked, "multiplies_bfloat16", lambda: gains)
+    seen: list[bool] = []
+    backward = blocked.backward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["reduced"])
+        return backward(*args, **kwargs)
+
+    monkeypatch.setattr(blocked, "backward", watched)
     network, x = make(), torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
 
     def gradients(masked: sl.MaskedNetwork, enabled: bool) -> tuple[Tensor, Tensor]:
@@ -716,13 +728,17 @@ def test_under_autocast_layers_give_what_was_asked_for_from_whole_products(
     fast = sl.MaskedNetwork(network, samples=samples)
     output, gradient = gradients(fast, True)
     assert output.dtype == dtype
+    assert set(seen) == {gains and dtype == torch.bfloat16}
     assert list(fast._general.values()) == [False]
+    seen.clear()
     whole = gradients(sl.MaskedNetwork(network, samples=samples), False)
+    assert set(seen) == {False}
     monkeypatch.setattr(linear_route, "applies", lambda *args: False)
     general = gradients(sl.MaskedNetwork(network, samples=samples), True)
     for found in ((output, gradient), general):
         for rounded, exact in zip(found, whole, strict=True):
-            # Outputs and gradients are rounded once a layer; by the general route weights and biases are too.
+            # Outputs and gradients are rounded once a layer; weights are too by reduced products and by the general
+            # route, which also rounds biases.
             assert 0 < (rounded.float() - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
 
 
