@@ -104,6 +104,29 @@ def test_agrees_for_long_chunks(samples: int, width: int, height: int, monkeypat
     assert_agrees(samples, 13, width, height)
 
 
+@pytest.mark.parametrize("long", [12, 256])
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (70, 53), (300, 100)])
+def test_rectifies_as_a_relu_beside_the_layer(
+    width: int, height: int, reduced: bool, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "_LONG", long)
+    x, weight, logits, gradient = problem(3, 13, width, height)
+    x.relu_()
+    bias = normal(height, seed=7)
+    y = blocked.forward(x, weight, logits, DRAW, bias=bias, reduced=reduced)
+    assert torch.equal(blocked.forward(x, weight, logits, DRAW, bias=bias, reduced=reduced, rectified=True), y.relu())
+    of_x, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True, reduced=reduced)
+    assert of_x is not None
+    found, same = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True, reduced=reduced, rectified=True)
+    assert found is not None
+    assert torch.equal(found, torch.where(x > 0, of_x, 0))
+    assert torch.equal(same, of_logits)
+    if width > 1:
+        assert bool((found != of_x).any())
+        assert bool((y < 0).any())
+
+
 @pytest.mark.parametrize(
     "value", [math.nan, -math.nan, math.inf, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-20]
 )
@@ -174,9 +197,10 @@ def test_what_is_not_a_number_in_one_place_stays_there() -> None:
     _, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True)
     assert bool(of_logits[3, 5].isnan())
     assert int(of_logits.isnan().sum()) == 1
-    y = blocked.forward(x, weight, logits, DRAW)
-    assert bool(y[:, :, 3].isnan().all())
-    assert int(y.isnan().sum()) == y[:, :, 3].numel()
+    for rectified in (False, True):
+        y = blocked.forward(x, weight, logits, DRAW, rectified=rectified)
+        assert bool(y[:, :, 3].isnan().all())
+        assert int(y.isnan().sum()) == y[:, :, 3].numel()
 
 
 @pytest.mark.parametrize("rows", [*range(1, 70), 128, 1000])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from sublens import linear_route, recomputation
+from sublens import chain_route, linear_route, recomputation
 from sublens.calling import call_with, plain
 from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid, Penalty
@@ -115,6 +115,7 @@ class MaskedNetwork(nn.Module):
         self._seen_a_gradient = False
         self._penalised = False  # whether the penalty needs the sums of logits
         self._sums: dict[str, tuple[Tensor, int]] | None = None
+        self._chained: bool | None = None  # whether gate and logits, and the network as it was, are for the chain route
         self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
         self._bounded: list[int] | None = None  # versions of the logits that are known to lie within their bound
         self.logits_tree = nn.Module()
@@ -138,7 +139,7 @@ class MaskedNetwork(nn.Module):
 
         Parameters that share logits have one entry, under the first one's name.
         """
-        return {name: getattr(module, last) for name, (module, last) in self._places.items()}
+        return {name: module._parameters[last] for name, (module, last) in self._places.items()}  # type: ignore[misc]
 
     @property
     def groupings(self) -> dict[str, Grouping]:
@@ -296,7 +297,12 @@ class MaskedNetwork(nn.Module):
         return {name: gate.decision(logits[name]) for name, gate in self.gate.across(logits).items()}
 
     def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.samples == 1 or not self.gate.noisy:
+        chunks = self.samples if self.gate.noisy else 1
+        if len(args) == 1 and not kwargs:
+            output = self._by_chain(step, chunks, args[0])
+            if output is not None:
+                return output
+        if chunks == 1:
             return self._one_sample(step, args, kwargs)
         batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(self.samples)
@@ -323,6 +329,19 @@ class MaskedNetwork(nn.Module):
             if output is not None:
                 return output
         return in_chunks(self._by_chunk, args, kwargs)
+
+    def _by_chain(self, step: int, chunks: int, x: Any) -> Tensor | None:
+        """The output for a batch by the chain route, or ``None`` where that route does not apply."""
+        logits = self.logits
+        if self._chained is None:
+            fine = self.frozen and all(grouping.fine for grouping in self._groupings.values())
+            self._chained = fine and self.batch_dim == 0 and linear_route.applies(self.network, logits, self.gate)
+        if not self._chained:
+            return None
+        chain = chain_route.layers(self.network, logits, x, chunks)
+        if chain is None:
+            return None
+        return chain_route.call(chain, x, logits, {name: self._draw(step, 0, name) for name in self._ids}, chunks)
 
     def _output_axes(self, batch: Batch, size: int) -> Axes:
         """Where the batch is in the outputs: found by two calls of the plain network on batches of different sizes.
@@ -451,12 +470,14 @@ class MaskedNetwork(nn.Module):
         self._general[kind] = False
         return outputs
 
+    def _draw(self, step: int, sample: int, name: str) -> Draw:
+        return Draw(self.seed, step, self.first_sample + sample, self._ids[name])
+
     def _put(self, step: int, chunks: int, sample: int = 0) -> Any:
         logits = self.logits
 
         def put(name: str, weight: Tensor) -> Tensor:
-            draw = Draw(self.seed, step, self.first_sample + sample, self._ids[name])
-            return linear_route.GatedWeight(logits[name], weight, draw, chunks)
+            return linear_route.GatedWeight(logits[name], weight, self._draw(step, sample, name), chunks)
 
         return put
 
@@ -469,7 +490,7 @@ class MaskedNetwork(nn.Module):
         trained = {} if self.frozen else dict(self.network.named_parameters())
 
         def put(name: str, weight: Tensor) -> Tensor:
-            draw = Draw(self.seed, step, self.first_sample + sample, self._ids[name])
+            draw = self._draw(step, sample, name)
             grouping = self._groupings[name]
             scores = logits[grouping.owner]
             gate = gates[grouping.owner] if grouping.fine else GroupedGate(gates[grouping.owner], grouping)
@@ -535,6 +556,7 @@ class MaskedNetwork(nn.Module):
         unchanged = fingerprint(self.network) == self._fingerprint
         self.network._apply(fn)
         self._general.clear()
+        self._chained = None
         if unchanged and dtypes != [parameter.dtype for parameter in self.network.parameters()]:
             # A cast through us is meant: from here on the logits belong to the weights as they are now.
             self._fingerprint = fingerprint(self.network)

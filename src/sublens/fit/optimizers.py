@@ -85,6 +85,13 @@ class Adam(torch.optim.Adam):
             for p in parameters
         )
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Adam``'s, which does more around it than a small step has time for."""
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None if set_to_none else parameter.grad
+
     def squares(self, constants: Sequence[float]) -> list[float]:
         """Squared norm of each parameter's gradient, with a constant of its own added to each number."""
         return cpu.squares([p.grad for p in self.param_groups[0]["params"]], constants)
@@ -114,8 +121,8 @@ class Adam(torch.optim.Adam):
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
-            state["step"] += 1
         states = [self.state[parameter] for parameter in parameters]
+        torch._foreach_add_([state["step"] for state in states], 1)
         totals = cpu.adam(
             parameters,
             [parameter.grad for parameter in parameters],

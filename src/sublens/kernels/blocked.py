@@ -12,8 +12,8 @@ Shapes: K samples, m rows in each sample's chunk, the weight is (out, in).
 import ctypes
 import functools
 import math
+import sys
 import threading
-import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -63,6 +63,7 @@ def forward(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     reduced: bool = False,
+    rectified: bool = False,
 ) -> Tensor:
     """Each sample's inputs times its masked weight, transposed, plus the bias.
 
@@ -76,6 +77,7 @@ def forward(
         out: (K, m, out) float32, contiguous: memory for the result, if there is some.
         reduced: round what is multiplied to bfloat16. Sums stay float32; those of long chunks are rounded at the end,
             as PyTorch's own products in bfloat16 are.
+        rectified: replace what is below 0 by 0, as a ReLU after the layer does.
 
     Returns:
         (K, m, out) float32.
@@ -85,12 +87,14 @@ def forward(
     y = x.new_empty(samples, m, height) if out is None else out
     if m >= _LONG:
         _forward_long(y, x, weight, logits, draw, first, reduced)
-        return y if bias is None else y.add_(bias)
+        y = y if bias is None else y.add_(bias)
+        return y.relu_() if rectified else y
     loops = cpu.compiled("linear_loops")
     fields = {
         loops.GRADIENT: y.data_ptr(),
         loops.BIAS: 0 if bias is None else bias.data_ptr(),
         loops.WIDE: loops.COLUMNS,
+        loops.RECTIFIED: int(rectified),
     }
     _run(loops.forward, fields, x, weight, logits, draw, first, packed=x, columns=loops.ROWS, reduced=reduced)
     return y
@@ -107,11 +111,12 @@ def backward(
     *,
     wants_x: bool,
     reduced: bool = False,
+    rectified: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of :func:`forward`, for the same draw.
 
     Args:
-        gradient: (K, m, out) float32, contiguous.
+        gradient: (K, m, out) float32, contiguous; of what the layer gives before a ReLU that follows it.
         x: as in the forward pass.
         weight: likewise.
         logits: likewise. Memory of its gradient is used again when that one is no longer in use.
@@ -119,13 +124,15 @@ def backward(
         first: likewise.
         wants_x: whether the inputs' gradient is wanted.
         reduced: as in the forward pass.
+        rectified: ``x`` comes from a ReLU, and the gradient is wanted of what went into that.
 
     Returns:
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
     """
     _, m, width = x.shape
     if m >= _LONG:
-        return _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced)
+        of_x, of_logits = _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced)
+        return of_x if of_x is None or not rectified else of_x.masked_fill_(x <= 0, 0), of_logits
     loops = cpu.compiled("linear_loops")
     of_logits = _for_gradient(logits)
     of_x = torch.empty_like(x) if wants_x else None
@@ -137,6 +144,7 @@ def backward(
         loops.RESULT: of_logits.data_ptr(),
         loops.OF_INPUTS: 0 if of_x is None else of_x.data_ptr(),
         loops.WIDE: wide,
+        loops.RECTIFIED: int(rectified),
     }
     _run(loops.backward, fields, x, weight, logits, draw, first, packed=gradient, columns=2 * wide, reduced=reduced)
     return of_x, of_logits
@@ -213,22 +221,28 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 _LARGE = 2**18  # numbers from which on the allocator gives freed memory back to the system
-_unused: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # logits -> memory of former gradients of theirs
+_memory_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # logits -> memory of gradients of theirs
+_lending = threading.Lock()
+_held = [object()]
+_FREE = sys.getrefcount(_held[0])  # what is counted for something that only a list holds
 
 
 def _for_gradient(logits: Tensor) -> Tensor:
     """Memory for a gradient of these logits.
 
-    Memory of the last one is used again as soon as nobody holds it. Without that it would go back to the system in
+    Memory of an earlier one is used again as soon as nobody holds it. Without that it would go back to the system in
     every step, which clears each page that it hands out: up to a quarter of the time of a backward pass.
     """
     if logits.numel() < _LARGE or not logits.is_leaf:
         return torch.empty_like(logits)
-    unused = _unused.setdefault(logits, [])
-    block = unused.pop() if unused else _on_a_line(logits.numel())
-    lent = block.view()
-    weakref.finalize(lent, unused.append, block).atexit = False
-    return torch.from_numpy(lent).view(logits.shape)
+    with _lending:
+        memory = _memory_of.setdefault(logits, [])
+        # A tensor on a block of memory, or a view of one, holds it too.
+        free = [i for i in range(len(memory)) if sys.getrefcount(memory[i]) == _FREE]
+        if not free:
+            free = [len(memory)]
+            memory.append(_on_a_line(logits.numel()))
+        return torch.from_numpy(memory[free[0]]).view(logits.shape)
 
 
 def _on_a_line(count: int) -> np.ndarray:

@@ -60,8 +60,8 @@ _reduced_by_pieces = product_of(PANEL // REGISTER, reduced=True)
 
 INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
 HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
-TURNED, IN_WORD = 29, 30
-LINEAR_FIELDS = 31
+TURNED, IN_WORD, RECTIFIED = 29, 30, 31
+LINEAR_FIELDS = 32
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
 OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
 number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
@@ -69,7 +69,8 @@ PIECES pieces of LENGTH, and a thread takes WIDE columns at a time. BIAS is the 
 is that of what is put in another order first, PACKING the next part of it and DONE the number of those that are ready;
 both begin at 0. IN_WORD is the number of neighbours, along what a product sums over, that stand in 32 bits of what it
 is given: 1, or 2 where products are in bfloat16. TURNED is the address of the same rows as at PACKED in words of
-neighbours in a column (the same ones, if IN_WORD is 1), or 0."""
+neighbours in a column (the same ones, if IN_WORD is 1), or 0. RECTIFIED is 1 where a ReLU follows the layer (forward)
+or comes before it (backward), else 0."""
 
 
 @loop(INT, INT, INT, INT, INT, INT)
@@ -135,6 +136,24 @@ def _add(columns: Any, bias: Any, rows: Any, length: Any) -> None:
     for r in range(rows):
         for j in range(length):
             s[r * length + j] += b[r]
+
+
+@loop(INT, INT)
+def _rectify(values: Any, count: Any) -> None:
+    """Replace what is below 0 by 0."""
+    v = carray(pointer(values), (count,), f32)
+    for j in range(count):
+        v[j] = f32(0.0) if v[j] < f32(0.0) else v[j]
+
+
+@loop(*[INT] * 5)
+def _stop(gradient: Any, rectified: Any, apart: Any, rows: Any, size: Any) -> None:
+    """Replace the gradient by 0 where a ReLU gave 0, in ``rows`` rows of ``size`` numbers that are ``apart``."""
+    for r in range(rows):
+        g = carray(pointer(gradient + 4 * r * apart), (size,), f32)
+        x = carray(pointer(rectified + 4 * r * apart), (size,), f32)
+        for j in range(size):
+            g[j] = f32(0.0) if x[j] <= f32(0.0) else g[j]
 
 
 @loop(*[INT] * 6)
@@ -306,6 +325,8 @@ def _forward(p: Any) -> None:
                 columns = sums + 4 * (i * pieces + first // length) * ROWS * length
                 if p[BIAS] != 0:
                     _add(columns, p[BIAS] + 4 * top, rows, length)
+                if p[RECTIFIED] == 1:
+                    _rectify(columns, rows * length)
                 _rows_of(columns, length, y, height, min(length, chunk - first), rows)
 
 
@@ -398,9 +419,11 @@ def _backward(p: Any) -> None:
         if p[OF_INPUTS] != 0:
             for i in range(samples):
                 for first in range(0, chunk, length):
-                    x = p[OF_INPUTS] + 4 * ((i * chunk + first) * across + left)
+                    at, many = 4 * ((i * chunk + first) * across + left), min(length, chunk - first)
                     columns = of_inputs + 4 * (i * pieces + first // length) * size * length
-                    _rows_of(columns, length, x, across, min(length, chunk - first), size)
+                    _rows_of(columns, length, p[OF_INPUTS] + at, across, many, size)
+                    if p[RECTIFIED] == 1:
+                        _stop(p[OF_INPUTS] + at, p[INPUTS] + at, across, many, size)
     written()
 
 
@@ -418,7 +441,7 @@ def backward(address: Any) -> None:
     """Gradients of :func:`forward`, on many threads at once.
 
     GRADIENT is that of the outputs, it and INPUTS (chunk, row, column). Written are RESULT, the gradient of the
-    logits, and, unless it is 0, OF_INPUTS, that of the inputs. A thread takes blocks of WIDE columns and all their
-    rows, so every number is summed by one thread, in one order.
+    logits, and, unless it is 0, OF_INPUTS, that of the inputs, or of what these were before they were rectified. A
+    thread takes blocks of WIDE columns and all their rows, so every number is summed by one thread, in one order.
     """
     _backward(carray(address, (LINEAR_FIELDS,), i64))
