@@ -15,6 +15,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def forward(
     Returns:
         (K, m, out) float32.
     """
-    samples, m, _ = x.shape
+    samples, m, width = x.shape
     height = weight.shape[0]
     y = x.new_empty(samples, m, height) if out is None else out
     if m >= _LONG:
@@ -90,13 +91,9 @@ def forward(
         y = y if bias is None else y.add_(bias)
         return y.relu_() if rectified else y
     loops = cpu.compiled("linear_loops")
-    fields = {
-        loops.GRADIENT: y.data_ptr(),
-        loops.BIAS: 0 if bias is None else bias.data_ptr(),
-        loops.WIDE: loops.COLUMNS,
-        loops.RECTIFIED: int(rectified),
-    }
-    _run(loops.forward, fields, x, weight, logits, draw, first, packed=x, columns=loops.ROWS, reduced=reduced)
+    fields = {loops.GRADIENT: y.data_ptr(), loops.BIAS: 0 if bias is None else bias.data_ptr()}
+    plan = _plan(samples, m, height, width, False, loops.COLUMNS, reduced, rectified, torch.get_num_threads())
+    _run(plan, fields, x, weight, logits, draw, first)
     return y
 
 
@@ -129,25 +126,35 @@ def backward(
     Returns:
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
     """
-    _, m, width = x.shape
+    samples, m, width = x.shape
     if m >= _LONG:
         of_x, of_logits = _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced)
         return of_x if of_x is None or not rectified else of_x.masked_fill_(x <= 0, 0), of_logits
     loops = cpu.compiled("linear_loops")
     of_logits = _for_gradient(logits)
     of_x = torch.empty_like(x) if wants_x else None
-    # At least two blocks of columns for each thread, and inputs in no more scratch than a cache holds.
-    most = min(loops.COLUMNS, width // (2 * torch.get_num_threads()), _INPUTS // _rows(x))
-    wide = max(1, most // loops.PANEL) * loops.PANEL
+    count = torch.get_num_threads()
+    wide = _wide(samples, m, width, count)
     fields = {
         loops.GRADIENT: gradient.data_ptr(),
         loops.RESULT: of_logits.data_ptr(),
         loops.OF_INPUTS: 0 if of_x is None else of_x.data_ptr(),
-        loops.WIDE: wide,
-        loops.RECTIFIED: int(rectified),
     }
-    _run(loops.backward, fields, x, weight, logits, draw, first, packed=gradient, columns=2 * wide, reduced=reduced)
+    plan = _plan(samples, m, weight.shape[0], width, True, wide, reduced, rectified, count)
+    _run(plan, fields, x, weight, logits, draw, first)
     return of_x, of_logits
+
+
+@functools.lru_cache(maxsize=1024)
+def _wide(samples: int, m: int, width: int, count: int) -> int:
+    """Columns that one of ``count`` threads takes at a time in the backward pass.
+
+    At least two blocks of columns for each thread, and inputs in no more scratch than a cache holds.
+    """
+    loops = cpu.compiled("linear_loops")
+    pieces_of, length = pieces(m)
+    most = min(loops.COLUMNS, width // (2 * count), _INPUTS // (samples * pieces_of * length))
+    return int(max(1, most // loops.PANEL) * loops.PANEL)
 
 
 _INPUTS = 2**20
@@ -266,40 +273,70 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _run(
-    loop: object, fields: dict[int, int], x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, *,
-    packed: Tensor, columns: int, reduced: bool,
-) -> None:  # fmt: skip
-    """Run a loop that packs the rows of a tensor and then holds so many columns of all chunks at a time."""
+@dataclass(frozen=True)
+class _Plan:
+    """What a loop is given for tensors of the same sizes, whichever they are.
+
+    Attributes:
+        fields: the loop's, with zeros where addresses come.
+        room: numbers of packed rows.
+        backward: which of the two loops.
+        turned: where the same rows in words of neighbours in a column begin among them, in the backward pass.
+        scratch: bytes of scratch for all threads.
+        parallel: whether the work is worth more than one thread.
+    """
+
+    fields: tuple[int, ...]
+    room: int
+    backward: bool
+    turned: int
+    scratch: int
+    parallel: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    samples: int, m: int, height: int, across: int, backward: bool, wide: int, reduced: bool, rectified: bool,
+    count: int,
+) -> _Plan:  # fmt: skip
+    """A plan for ``count`` threads that take ``wide`` columns at a time."""
     loops = cpu.compiled("linear_loops")
-    samples, m, _ = x.shape
-    height, across = weight.shape
-    count, length = pieces(m)
-    rows = samples * count * length
+    pieces_of, length = pieces(m)
+    rows, in_word = samples * pieces_of * length, 2 if reduced else 1
+    packed = height if backward else across
+    # Beside what is the same for any layer: outputs of ROWS rows, or inputs and their gradient.
+    share = loops.MORE + 4 * rows * (2 * wide if backward else loops.ROWS)
     parallel = rows * height * across >= _SMALL
-    share = loops.MORE + 4 * rows * columns
-    in_word = 2 if reduced else 1
-    turned = rows * math.ceil(packed.shape[2] / in_word) if reduced and packed is not x else 0
-    room = packed.new_empty(rows * (packed.shape[2] + reduced))
     p = [0] * loops.LINEAR_FIELDS
+    p[loops.HEIGHT], p[loops.ACROSS], p[loops.SAMPLES], p[loops.CHUNK_ROWS] = height, across, samples, m
+    p[loops.PIECES], p[loops.LENGTH], p[loops.SHARE], p[loops.IN_WORD] = pieces_of, length, share, in_word
+    p[loops.WIDE], p[loops.RECTIFIED] = wide, int(rectified)
+    return _Plan(
+        fields=tuple(p),
+        room=rows * (packed + reduced),
+        backward=backward,
+        turned=rows * math.ceil(packed / in_word) if reduced and backward else 0,
+        scratch=share * (count if parallel else 1),
+        parallel=parallel,
+    )
+
+
+def _run(
+    plan: _Plan, fields: dict[int, int], x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int
+) -> None:  # fmt: skip
+    loops = cpu.compiled("linear_loops")
+    loop = loops.backward if plan.backward else loops.forward
+    p, room = list(plan.fields), torch.empty(plan.room, dtype=x.dtype, device=x.device)
     p[loops.WEIGHT], p[loops.LOGITS], p[loops.INPUTS] = weight.data_ptr(), logits.data_ptr(), x.data_ptr()
-    p[loops.HEIGHT], p[loops.ACROSS], p[loops.FIRST] = height, across, first
-    p[loops.SAMPLES], p[loops.CHUNK_ROWS], p[loops.PIECES], p[loops.LENGTH] = samples, m, count, length
-    p[loops.PACKED], p[loops.SHARE], p[loops.IN_WORD] = room.data_ptr(), share, in_word
-    p[loops.TURNED] = 0 if packed is x else room.data_ptr() + 4 * turned
-    p[loops.SCRATCH] = _scratch.address(share * (torch.get_num_threads() if parallel else 1))
+    p[loops.FIRST], p[loops.PACKED] = first, room.data_ptr()
+    p[loops.TURNED] = p[loops.PACKED] + 4 * plan.turned if plan.backward else 0
+    p[loops.SCRATCH] = _scratch.address(plan.scratch)
     cpu.name(p, draw)
     for field, value in fields.items():
         p[field] = value
     array = (ctypes.c_int64 * len(p))(*p)
-    threads.run(loop.address, ctypes.addressof(array), parallel=parallel)  # type: ignore[attr-defined]
+    threads.run(loop.address, ctypes.addressof(array), parallel=plan.parallel)
 
 
 _SMALL = 100_000
 """Products below which one thread is faster than waking the others."""
-
-
-def _rows(x: Tensor) -> int:
-    """Rows of all chunks, in whole pieces."""
-    count, length = pieces(x.shape[1])
-    return x.shape[0] * count * length
