@@ -2,7 +2,7 @@
 
     python benchmarks/masked_step.py [--networks 400,400,200 2000,2000,2000,2000 lstm conv transformer] [--json FILE]
 
-A network is the widths of a feed-forward one's hidden layers, or one of lstm, conv, transformer and large (a
+A network is the widths of a feed-forward one's hidden layers, or one of residual, lstm, conv, transformer and large (a
 Transformer of 101 M masked weights). The benchmark checks equality first (the fused path against the reference path,
 outputs and gradients), then times, in turns within one process, a plain training step and masked steps, and prints the
 median of the ratios taken pair by pair. "fit" is the step that ``sublens.fit`` makes, with 1, 4 and 8 samples; "loop"
@@ -40,6 +40,7 @@ NETWORKS = (
     "800,800,800,800",
     "2000,2000,2000,2000",
     "4000,4000,4000,4000",
+    "residual",
     "lstm",
     "conv",
     "transformer",
@@ -47,6 +48,22 @@ NETWORKS = (
 KINDS = ("fit 1", "fit 4", "fit 8", "loop 4", "bfloat16 1", "bfloat16 4", "textbook 4")
 MEMORY = ("fit 1", "fit 4", "fit 8")
 Step = Callable[[], float]
+
+
+class Residual(nn.Module):
+    """A feed-forward network with a forward of its own: two hidden layers of 400 that are added to what goes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.output = nn.Linear(INPUTS, 400), nn.Linear(400, OUTPUTS)
+        self.hidden = nn.ModuleList(nn.Linear(400, 400) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in) to (B, out)."""
+        x = functional.relu(self.first(x))
+        for layer in self.hidden:
+            x = x + functional.relu(layer(x))
+        return self.output(x)  # type: ignore[no-any-return]
 
 
 class Recurrent(nn.Module):
@@ -87,6 +104,8 @@ def convolutional() -> nn.Module:
 def network(name: str) -> nn.Module:
     """A network of its name, in evaluation mode."""
     torch.manual_seed(0)
+    if name == "residual":
+        return Residual().eval()
     if name == "lstm":
         return Recurrent().eval()
     if name == "conv":

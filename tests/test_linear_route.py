@@ -48,6 +48,28 @@ class Mixing(nn.Module):
         return y - y.mean(0)  # type: ignore[no-any-return]
 
 
+class OwnBias(nn.Module):
+    """Has a bias that a chunk makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.layer.weight, x.mean(0)[:4])
+
+
+class Inner(nn.Module):
+    """Has a transform within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(self.layer)(x)  # type: ignore[no-any-return]
+
+
 def hooked() -> nn.Module:
     network = chain(nn.ReLU())
     network[1].register_forward_hook(lambda module, args, output: output - output.mean(0))
@@ -89,6 +111,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "norm": lambda: chain(nn.LayerNorm(12), nn.Dropout(0.5)),
     "residual": Residual,
     "mixing": Mixing,
+    "own bias": OwnBias,
     "hooked": hooked,
 }
 
@@ -109,9 +132,11 @@ def test_gives_what_the_general_route_gives(name: str, samples: int, monkeypatch
     taken = []
     plain = linear_route._linear
     monkeypatch.setattr(linear_route, "_linear", lambda *args: (taken.append(args[1].chunks), plain(*args))[1])
+    of_vmap, outside = [], linear_route._outside_vmap
+    monkeypatch.setattr(linear_route, "_outside_vmap", lambda *args: (of_vmap.append(1), outside(*args))[1])
     fast = [run(sl.MaskedNetwork(network, samples=samples), x) for _ in range(2)]
-    expects_vmap = samples > 1 and not per_example(network)
-    assert set(taken) == {0 if expects_vmap else samples}
+    assert bool(of_vmap) is (samples > 1 and not per_example(network))
+    assert set(taken) == {samples}
     before = len(taken)
     monkeypatch.setattr(linear_route, "applies", lambda *args: False)
     general = run(sl.MaskedNetwork(network, samples=samples), x)
@@ -120,6 +145,19 @@ def test_gives_what_the_general_route_gives(name: str, samples: int, monkeypatch
         torch.testing.assert_close(one[0], general[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(one[1], general[1], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(one[2], general[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_transform_within_the_network_is_left_to_the_general_route(samples: int) -> None:
+    network, x = Inner(), torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
+    masked = sl.MaskedNetwork(network, samples=samples)
+    for step in range(2):
+        found = run(masked, x)
+        general = sl.MaskedNetwork(network.double(), samples=samples)
+        general.step = step
+        expected = general(x.double())
+        network.float()
+        torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_inputs_of_many_dimensions_and_of_one() -> None:

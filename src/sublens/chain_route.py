@@ -92,13 +92,7 @@ def _follow(module: nn.Module, prefix: str, found: list[Layer]) -> bool:
 
 
 def _is_plain(parameter: Tensor | None) -> bool:
-    return (
-        type(parameter) is nn.Parameter
-        and parameter.dtype is torch.float32
-        and parameter.is_cpu
-        and parameter.layout is torch.strided
-        and parameter.is_contiguous()
-    )
+    return parameter is not None and cpu.has_plain_data(parameter) and parameter.is_contiguous()
 
 
 def call(chain: list[Layer], x: Tensor, logits: Mapping[str, Tensor], draws: Mapping[str, Draw], chunks: int) -> Tensor:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.function import FunctionCtx
 
 from sublens import kernels, recurrent_route
@@ -219,9 +221,29 @@ def _linear_and_bias(x: Tensor, source: _Source, bias: Any) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             reduced = asked == torch.bfloat16 and blocked.multiplies_bfloat16()
             return _linear_and_bias(x.float(), replace(source, reduced=reduced), bias).to(asked)
+    if source.chunks == 0:
+        return _outside_vmap(x, source, bias)
     within = _bias_within(bias, source)
     y = _linear(x, source, bias if within else None)
     return y if within or bias is None else y + bias
+
+
+def _outside_vmap(x: Tensor, source: _Source, bias: Any) -> Tensor:
+    """The layer's output under :func:`over_chunks`' vmap, computed for all chunks as if that were not there.
+
+    vmap hands a step of autograd on to a rule of its own by way of much code, which costs a small layer more than its
+    product.
+    """
+    levels = functorch.get_interpreter_stack()
+    if not functorch.is_batchedtensor(x) or len(levels) != 1:
+        raise NotLinearError("an input that does not depend on the batch, or a transform within the network")
+    level = functorch.maybe_get_level(x)
+    of_each = bias is not None and functorch.is_batchedtensor(bias)  # a bias for each chunk
+    with temporarily_clear_interpreter_stack():
+        values = functorch.get_unwrapped(x).movedim(functorch.maybe_get_bdim(x), 0)
+        y = _linear_and_bias(values, replace(source, chunks=values.shape[0]), None if of_each else bias)
+    y = functorch._add_batch_dim(y, 0, level)
+    return y + bias if of_each else y
 
 
 def _bias_within(bias: Any, source: _Source) -> bool:
@@ -229,9 +251,8 @@ def _bias_within(bias: Any, source: _Source) -> bool:
     return (
         isinstance(bias, Tensor)
         and not bias.requires_grad
-        and source.chunks > 0
         and bias.shape == source.weight.shape[:1]
-        and cpu.applies(bias, source.logits)
+        and cpu.has_plain_data(bias)
         and bias.is_contiguous()
     )
 
@@ -239,10 +260,7 @@ def _bias_within(bias: Any, source: _Source) -> bool:
 def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
     if x.shape[-1:] != source.weight.shape[1:]:
         raise WidthError(f"an input of shape {tuple(x.shape)} for a weight of {tuple(source.weight.shape)}")
-    parts = (source.logits, source.weight, source.draw, source.first, source.reduced)
-    if source.chunks == 0:
-        return _Linear.apply(x, *parts)  # type: ignore[no-any-return]
-    rest = (*parts, source.chunks, bias)
+    rest = (source.logits, source.weight, source.draw, source.first, source.reduced, source.chunks, bias)
     if x.dtype != torch.float32 or x.numel() == 0:
         raise NotLinearError(f"an input of {x.dtype} and shape {tuple(x.shape)}")
     if source.chunks > 1 and source.examples:
@@ -286,23 +304,6 @@ def _lstm(
     y, h, c = recurrent_route.lstm(by_chunk, states, [weight.source for weight in gated], biases, directions)
     y = y.transpose(1, 2).flatten(0, 1) if batch_first else y.transpose(0, 1).flatten(1, 2)
     return y, h.flatten(1, 2), c.flatten(1, 2)
-
-
-class _Linear(torch.autograd.Function):
-    """Seen by one chunk under vmap; the work is done by the vmap rule, for all chunks."""
-
-    @staticmethod
-    def forward(x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int, reduced: bool) -> Tensor:
-        raise NotLinearError("an input that does not depend on the batch")
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, *parts: Any) -> tuple[Tensor, int]:
-        x = x.movedim(in_dims[0], 0)
-        return _LinearOfSamples.apply(x, *parts, x.shape[0], None), 0
 
 
 class _LinearOfSamples(torch.autograd.Function):

@@ -66,13 +66,14 @@ def applies(weight: Tensor, logits: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and weight.numel() > 0
-        and _has_plain_data(weight)
-        and _has_plain_data(logits)
+        and has_plain_data(weight)
+        and has_plain_data(logits)
         and agrees()
     )
 
 
-def _has_plain_data(tensor: Tensor) -> bool:
+def has_plain_data(tensor: Tensor) -> bool:
+    """Whether a tensor is float32 data on the CPU, at an address, and nothing but that."""
     if (
         type(tensor) not in (Tensor, torch.nn.Parameter)
         or tensor.device.type != "cpu"
