@@ -537,7 +537,7 @@ def test_layers_that_take_the_numbers_instead_of_masked_weights(case: "Case", ki
     for factored in (True, False):
         masked = sl.MaskedNetwork(network, groups=kind, samples=3, keep=0.6, **settings)
         if not factored:
-            masked._factors = {}
+            masked._routes.factors = {}
         outputs = [leaf for leaf in tree_leaves(masked(*args, **kwargs)) if isinstance(leaf, Tensor)]
         loss = sum((out.float() * normal(*out.shape, seed=i)).sum() for i, out in enumerate(outputs))
         assert isinstance(loss, Tensor)
@@ -564,7 +564,7 @@ def test_rows_and_columns_of_plain_layers_are_not_masked_weights() -> None:
         ("weight", False),
     ):
         masked = sl.MaskedNetwork(network, groups=kind, samples=2)
-        assert (set(masked._factors) == {"0.weight", "2.weight"}) == there, kind
+        assert (set(masked._routes.factors) == {"0.weight", "2.weight"}) == there, kind
     masked = sl.MaskedNetwork(network, groups="row", samples=2)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -572,10 +572,10 @@ def test_rows_and_columns_of_plain_layers_are_not_masked_weights() -> None:
     mine = {network[0].weight.data_ptr(), network[2].weight.data_ptr()}
     assert all(t.data_ptr() in mine for t in kept if t.shape in (network[0].weight.shape, network[2].weight.shape))
     attention = sl.MaskedNetwork(Attention(), groups="column")
-    assert not attention._factors
+    assert not attention._routes.factors
     tied = nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3))
     tied[1].weight = tied[0].weight
-    assert not sl.MaskedNetwork(tied, groups="row", where="0.weight")._factors
+    assert not sl.MaskedNetwork(tied, groups="row", where="0.weight")._routes.factors
 
 
 def test_autocast_gives_the_dtypes_of_the_plain_network() -> None:

@@ -16,6 +16,7 @@ from sublens import linear_route, recurrent_route
 from sublens.kernels import blocked
 from sublens.linear_route import per_example
 from sublens.noise import parameter_id
+from sublens.routes import Routes, Sampling
 
 
 def chain(*between: nn.Module) -> nn.Sequential:
@@ -189,7 +190,7 @@ def test_a_compiled_network_takes_the_general_route(samples: int) -> None:
     assert not linear_route.is_compiled(network)
     masked = sl.MaskedNetwork(compiled, samples=samples)  # type: ignore[arg-type]
     # The noise is named by the parameter, and a compiled network's parameters have other names.
-    masked._ids = {name: parameter_id(name.removeprefix("_orig_mod.")) for name in masked._ids}
+    masked._routes.ids = {name: parameter_id(name.removeprefix("_orig_mod.")) for name in masked._routes.ids}
     for one, other in zip(run(masked, x), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -280,13 +281,13 @@ WHOLE = "whole batch"
 
 def routes(masked: sl.MaskedNetwork) -> list[bool]:
     """Of each kind of call that was on trial, whether it has to go the general route."""
-    return [general for kind, general in masked._general.items() if isinstance(kind, tuple) and kind[0] == WHOLE]
+    return [general for kind, general in masked._routes.general.items() if isinstance(kind, tuple) and kind[0] == WHOLE]
 
 
 def calls(network: nn.Module, xs: list[Tensor], monkeypatch: pytest.MonkeyPatch, *, general: bool) -> Any:
     with monkeypatch.context() as patch:
         if general:
-            patch.setattr(sl.MaskedNetwork, "_on_trial", lambda *_: None)
+            patch.setattr(Routes, "_on_trial", lambda *_: None)
         masked = sl.MaskedNetwork(network, keep=0.6, samples=2, seed=5)
         return [run(masked, x) for x in xs], masked
 
@@ -375,7 +376,7 @@ def test_attention_goes_the_linear_route_and_gives_what_the_general_one_gives(
     masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
     found = [run(masked, x) for x in xs]
     assert set(taken) == {samples, 1}  # the whole batch, and in looks after the first call single chunks
-    assert not any(masked._general.values())
+    assert not any(masked._routes.general.values())
     monkeypatch.setattr(linear_route, "applies", lambda *args: False)
     before = len(taken)
     masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
@@ -445,7 +446,7 @@ def test_lstms_go_the_linear_route_and_give_what_the_general_one_gives(
     xs = [torch.randn(2 * samples, 5, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
     found = [run(masked, x) for x in xs]
-    assert list(masked._general.values()) == [False]
+    assert list(masked._routes.general.values()) == [False]
     monkeypatch.setattr(linear_route, "applies", lambda *args: False)
     masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
     for one, general in zip(found, [run(masked, x) for x in xs], strict=True):
@@ -477,7 +478,7 @@ def test_other_lstms_take_the_general_route(settings: dict[str, Any], where: Any
     x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(1))
     output = packed(masked)(x) if what == "packed" else masked(x)[0]
     output.sum().backward()
-    assert all(masked._general.values())
+    assert all(masked._routes.general.values())
     assert all(logits.grad is not None and bool(logits.grad.any()) for logits in masked.logits.values())
 
 
@@ -485,7 +486,7 @@ def test_attention_without_a_batch_takes_the_general_route() -> None:
     masked = sl.MaskedNetwork(Attending("itself").attention, samples=1)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     assert masked(x, x, x)[0].shape == (5, 8)
-    assert all(masked._general.values())
+    assert all(masked._routes.general.values())
 
 
 def test_a_network_that_begins_to_mix_its_examples_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,12 +508,12 @@ def test_it_is_looked_at_ever_more_rarely_and_first_of_all(monkeypatch: pytest.M
     looks: dict[str, list[int]] = {"_by_chunk": [], "_chunk_by_linear_layers": []}
     for name, steps in looks.items():
 
-        def counted(self: sl.MaskedNetwork, step: int, *rest: Any, how: Any, steps: list[int]) -> Any:
-            steps.append(step + 1)
-            return how(self, step, *rest)
+        def counted(self: Routes, sampling: Sampling, *rest: Any, how: Any, steps: list[int]) -> Any:
+            steps.append(sampling.step + 1)
+            return how(self, sampling, *rest)
 
-        how = getattr(sl.MaskedNetwork, name)
-        monkeypatch.setattr(sl.MaskedNetwork, name, partialmethod(counted, how=how, steps=steps))
+        how = getattr(Routes, name)
+        monkeypatch.setattr(Routes, name, partialmethod(counted, how=how, steps=steps))
     masked = sl.MaskedNetwork(Looks(), samples=2)
     for x in inputs(20):
         masked(x)
@@ -566,7 +567,7 @@ def test_inputs_that_are_written_into_are_written_into_once(base: type[Looks], m
         with monkeypatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MixesLater is found out in the fourth call
             if general:
-                patch.setattr(sl.MaskedNetwork, "_on_trial", lambda *_: None)
+                patch.setattr(Routes, "_on_trial", lambda *_: None)
             masked = sl.MaskedNetwork(Writes(), samples=2)
             results.append(([masked(x).detach() for x in xs], xs[1:] if base is Looks else xs))
     torch.testing.assert_close(*results)
@@ -623,7 +624,7 @@ def test_random_numbers_of_the_network_are_the_same_in_a_resumed_run(tmp_path: P
 def test_a_look_that_is_interrupted_is_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
     masked = sl.MaskedNetwork(LooksAndMixes(), samples=2)
     with monkeypatch.context() as patch:
-        patch.setattr(sl.MaskedNetwork, "_by_chunk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Routes, "_by_chunk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             masked(inputs(1)[0])
     assert routes(masked) == [True]
@@ -707,7 +708,7 @@ def test_an_input_of_another_width_is_an_error_and_changes_nothing(
         with pytest.raises(RuntimeError, match="cannot be multiplied"):
             masked(wrong)
         masked(right)
-        assert list(masked._general.values()) == [False], f"call {attempt} sent later calls the slow way"
+        assert list(masked._routes.general.values()) == [False], f"call {attempt} sent later calls the slow way"
 
 
 class Biased(nn.Module):
@@ -733,7 +734,7 @@ def test_a_bias_of_any_form_is_added_as_by_the_general_route(
     network, x = Biased(bias), torch.randn(8, 6)
     fast = sl.MaskedNetwork(network, samples=samples)
     y = fast(x)
-    assert list(fast._general.values()) == [False]
+    assert list(fast._routes.general.values()) == [False]
     monkeypatch.setattr(linear_route, "applies", lambda *args: False)
     torch.testing.assert_close(y, sl.MaskedNetwork(network, samples=samples)(x), rtol=1e-5, atol=1e-5)
 
@@ -767,7 +768,7 @@ def test_under_autocast_layers_give_what_was_asked_for(
     output, gradient = gradients(fast, True)
     assert output.dtype == dtype
     assert set(seen) == {gains and dtype == torch.bfloat16}
-    assert list(fast._general.values()) == [False]
+    assert list(fast._routes.general.values()) == [False]
     seen.clear()
     whole = gradients(sl.MaskedNetwork(network, samples=samples), False)
     assert set(seen) == {False}
@@ -786,12 +787,12 @@ def test_autocast_and_calls_without_it_are_told_apart() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert masked(x).dtype == masked.network(x).dtype
     masked(x)
-    assert sorted(masked._general.values()) == [False]
+    assert sorted(masked._routes.general.values()) == [False]
     one = sl.MaskedNetwork(Recurrent(batch_first=True), samples=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         one(x)
     one(x)
-    assert sorted(one._general.values()) == [False, True]
+    assert sorted(one._routes.general.values()) == [False, True]
 
 
 def test_a_number_of_another_kind_under_autocast_is_the_networks_own_error() -> None:
@@ -826,7 +827,7 @@ def test_what_layers_give_may_be_changed_in_place(
     network, x = InPlace(bias) if own else nn.Sequential(*layers), torch.randn(rows, *shape)
     masked = sl.MaskedNetwork(network, samples=samples)
     found = run(masked, x)
-    assert list(masked._general.values()) == [False]
+    assert list(masked._routes.general.values()) == [False]
     monkeypatch.setattr(linear_route, "applies", lambda *args: False)
     for one, other in zip(found, run(sl.MaskedNetwork(network, samples=samples), x), strict=True):
         # Gradients are sums over some 1,000 rows, rounded in another order.

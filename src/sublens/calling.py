@@ -1,11 +1,14 @@
 """Calling a network with other weights, and leaving it as it was."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from sublens.splitting import Axes, Batch, kind_of_call, output_axes
 
 
 def call_with(
@@ -36,6 +39,42 @@ def call_with(
         tensors[name] = copies.setdefault(id(buffer), buffer.detach().clone())
     with at_rest(network), around(tensors):
         return functional_call(network, tensors, args, kwargs, strict=True)
+
+
+class OutputAxes:
+    """Where the batch is in a network's outputs, found once for each kind of call.
+
+    Args:
+        network: any module.
+        aliases: its :func:`sublens.selection.tied_names`.
+        batch_dim: dimension of the batch in the first tensor that it is called with.
+    """
+
+    def __init__(self, network: nn.Module, aliases: Mapping[str, tuple[str, ...]], batch_dim: int) -> None:
+        self._network, self._aliases, self._batch_dim = network, aliases, batch_dim
+        self._found: dict[Hashable, Axes] = {}
+
+    def of(self, batch: Batch, size: int) -> Axes:
+        """Where it is in what the network gives for a batch of this kind.
+
+        It is found by two calls of the plain network, with ``size`` and another number of examples. They come before
+        the calls that count, so that what hooks capture is left by those, and on copies, so that a network which writes
+        into its input does so once.
+
+        Raises:
+            BatchError: outputs cannot be joined.
+        """
+        kind = kind_of_call(batch.leaves)
+        if kind not in self._found:
+            other = size - 1 if size > 1 else 2
+            # Whatever random numbers the network draws in them: a resumed run makes these calls once more.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                first, second = (
+                    call_with(self._network, self._aliases, plain, *batch.part(0, count, copy=True))
+                    for count in (size, other)
+                )
+            self._found[kind] = output_axes(first, size, second, other, batch_leads=self._batch_dim == 0)
+        return self._found[kind]
 
 
 def plain(name: str, weight: Tensor) -> Tensor:

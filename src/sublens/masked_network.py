@@ -1,29 +1,24 @@
 """``MaskedNetwork``: a frozen network, a selection and a gate make a module to call and to train."""
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from functools import partial
-from itertools import pairwise
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
-from sublens import chain_route, linear_route, recomputation
-from sublens.calling import call_with, plain
+from sublens import recomputation
 from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid, Penalty
-from sublens.groups import FactoredWeight, GroupedGate, Grouping, Groups, factors, group
+from sublens.groups import Grouping, Groups, group
 from sublens.kernels import LOGIT_BOUND
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
-from sublens.redrawing import Redrawing
-from sublens.selection import Where, tied_names
-from sublens.splitting import Axes, Batch, agree, copied, flatten, join, output_axes
+from sublens.routes import Routes, Sampling
+from sublens.selection import Where
+from sublens.splitting import flatten
 
 
 class MaskedNetwork(nn.Module):
@@ -107,16 +102,11 @@ class MaskedNetwork(nn.Module):
         self.frozen = frozen
         self.step = 0
         self.first_sample = 0
-        self._ids = {name: parameter_id(grouping.owner) for name, grouping in self._groupings.items()}
-        self._aliases = tied_names(network)
+        self._routes = Routes(network, self._groupings, self.gate, batch_dim=batch_dim, frozen=frozen)
         self._fingerprint = fingerprint(network)
-        self._axes: dict[Hashable, Axes] = {}
-        self._factors = factors(network, self._groupings)
         self._seen_a_gradient = False
         self._penalised = False  # whether the penalty needs the sums of logits
         self._sums: dict[str, tuple[Tensor, int]] | None = None
-        self._chained: bool | None = None  # whether gate and logits, and the network as it was, are for the chain route
-        self._general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
         self._bounded: list[int] | None = None  # versions of the logits that are known to lie within their bound
         self.logits_tree = nn.Module()
         self._places: dict[str, tuple[nn.Module, str]] = {}  # of the logits in that tree
@@ -125,7 +115,7 @@ class MaskedNetwork(nn.Module):
             if grouping.owner != name:
                 continue
             logits = torch.full(grouping.grid, start, dtype=torch.float32, device=parameters[name].device)
-            logits = self.gate.start(logits, Draw(seed, 0, 0, self._ids[name]))
+            logits = self.gate.start(logits, Draw(seed, 0, 0, parameter_id(name)))
             self._places[name] = _plant(self.logits_tree, name, nn.Parameter(logits))
 
     @property
@@ -261,7 +251,7 @@ class MaskedNetwork(nn.Module):
         if not self.training:
             kept = {name: binarise(decision) for name, decision in self.decisions().items()}
             around = partial(recomputation.covered, self.network, again={})
-            return self._call(lambda name, w: self._masked_by(kept, name, w), args, kwargs, around)
+            return self._routes.through(lambda name, w: self._masked_by(kept, name, w), args, kwargs, around)
         if self._bounded is None or self._versions() != self._bounded:
             with torch.no_grad():
                 for logits in self.logits.values():
@@ -269,11 +259,13 @@ class MaskedNetwork(nn.Module):
                     logits.data.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
         self._bounded = None  # for one call: PyTorch's fused optimizers count no versions
         self._sums = self._summed() if self._penalised and torch.is_grad_enabled() else None
-        step, self.step = self.step, self.step + 1
+        count = self.samples if self.gate.noisy else 1
+        sampling = Sampling(self.logits, count, self.seed, self.step, self.first_sample)
+        self.step += 1
         if self._seen_a_gradient:
-            return self._sampled(step, args, kwargs)
+            return self._routes.call(sampling, args, kwargs)
         with recomputation.watched():
-            output = self._sampled(step, args, kwargs)
+            output = self._routes.call(sampling, args, kwargs)
         self._check_first_call(output)
         return output
 
@@ -296,244 +288,6 @@ class MaskedNetwork(nn.Module):
         logits = {name: layer.detach() for name, layer in self.logits.items()}
         return {name: gate.decision(logits[name]) for name, gate in self.gate.across(logits).items()}
 
-    def _sampled(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        chunks = self.samples if self.gate.noisy else 1
-        if len(args) == 1 and not kwargs:
-            output = self._by_chain(step, chunks, args[0])
-            if output is not None:
-                return output
-        if chunks == 1:
-            return self._one_sample(step, args, kwargs)
-        batch = Batch(args, kwargs, self.batch_dim)
-        bounds = batch.bounds(self.samples)
-        sizes = [stop - start for start, stop in pairwise(bounds)]
-        # Flags can change what the network does, so their values are part of what kind of call this is.
-        kind = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in batch.leaves)
-        if kind not in self._axes:
-            self._axes[kind] = self._output_axes(batch, sizes[0])
-        if linear_route.per_example(self.network) and self.batch_dim == 0 and batch.size % self.samples == 0:
-            output = self._whole_batch(step, self.samples, kind, args, kwargs)
-            if output is not None:
-                return output
-        outputs = self._all_at_once(step, batch, kind)
-        if outputs is not None:
-            return join(outputs, sizes, self._axes[kind])
-
-        def in_chunks(of_chunk: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            of_these = Batch(args, kwargs, self.batch_dim)
-            parts = [of_chunk(step, k, *of_these.part(*span)) for k, span in enumerate(pairwise(bounds))]
-            return join(parts, sizes, self._axes[kind])
-
-        if self.batch_dim == 0 and batch.size % self.samples == 0:
-            output = self._on_trial(step, kind, args, kwargs, in_chunks)
-            if output is not None:
-                return output
-        return in_chunks(self._by_chunk, args, kwargs)
-
-    def _by_chain(self, step: int, chunks: int, x: Any) -> Tensor | None:
-        """The output for a batch by the chain route, or ``None`` where that route does not apply."""
-        logits = self.logits
-        if self._chained is None:
-            fine = self.frozen and all(grouping.fine for grouping in self._groupings.values())
-            self._chained = fine and self.batch_dim == 0 and linear_route.applies(self.network, logits, self.gate)
-        if not self._chained:
-            return None
-        chain = chain_route.layers(self.network, logits, x, chunks)
-        if chain is None:
-            return None
-        return chain_route.call(chain, x, logits, {name: self._draw(step, 0, name) for name in self._ids}, chunks)
-
-    def _output_axes(self, batch: Batch, size: int) -> Axes:
-        """Where the batch is in the outputs: found by two calls of the plain network on batches of different sizes.
-
-        They come before the calls that count, so that what hooks capture is left by those, and on copies, so that a
-        network which writes into its input does so once.
-        """
-        other = size - 1 if size > 1 else 2
-        # Whatever random numbers the network draws in them: a resumed run makes these calls once more.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            first, second = (self._call(plain, *batch.part(0, count, copy=True)) for count in (size, other))
-        return output_axes(first, size, second, other, batch_leads=self.batch_dim == 0)
-
-    def _one_sample(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kind = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in flatten((args, kwargs))[0])
-        output = self._whole_batch(step, 1, kind, args, kwargs)
-        return output if output is not None else self._by_chunk(step, 0, args, kwargs)
-
-    def _whole_batch(
-        self, step: int, chunks: int, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """The output of one call by the linear route, or ``None`` where that route does not apply."""
-
-        def call(copy: bool) -> Any:
-            inputs = copied((args, kwargs)) if copy else (args, kwargs)
-            return self._call(self._put(step, chunks), *inputs)
-
-        return self._by_linear_layers(kind, call)
-
-    def _on_trial(
-        self,
-        step: int,
-        kind: Hashable,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        in_chunks: Callable[..., Any],
-    ) -> Any:
-        """The output of one call on the whole batch by the linear route, if chunks give the same; otherwise ``None``.
-
-        For networks whose code :func:`torch.func.vmap` does not take (it looks at values, as to find that nothing is
-        padded), though each example goes its own way in them. That this is so is not believed: it is looked at in the
-        first call of a kind in this process, and in training calls 1, 2, 4, 8, 16, and so on. As long as chunks agree,
-        what is returned does not depend on when it was looked at, so that a resumed run has the same bits.
-
-        The first look is at chunks by the general route, which masks all weights of the network at once; later ones,
-        when gradients and an optimizer's state need memory too, at single chunks by the linear route.
-        """
-        if torch.is_autocast_enabled("cpu"):
-            return None  # the two routes round at other places: outputs that differ would say nothing
-        kind = ("whole batch", kind)
-        known = kind in self._general
-        if not known and linear_route.watched(self.network):
-            self._general[kind] = True
-        if self._general.get(kind):
-            return None
-        if known and step & (step + 1) != 0:
-            return self._whole_batch(step, self.samples, kind, args, kwargs)
-        inputs, state = copied((args, kwargs)), torch.get_rng_state()  # a network may write into its inputs
-        output = self._whole_batch(step, self.samples, kind, args, kwargs)
-        if output is None:
-            return None
-        self._general[kind] = True  # until chunks have been seen to agree
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            alone = in_chunks(self._chunk_by_linear_layers if known else self._by_chunk, *copied(inputs))
-            same = agree(output, alone)
-        if same:
-            self._general[kind] = False
-            return output
-        torch.set_rng_state(state)
-        if not known:
-            return None  # this first call was made on copies
-        warnings.warn(
-            f"In training call {step + 1} the network does not treat the examples of a batch each by itself, which "
-            "it did before. From here on each chunk of the batch is computed alone, which is slower. What was "
-            "trained since the last look may rest on samples that were mixed up: train the mask again with "
-            "SUBLENS_KERNELS=reference in the environment if that matters.",
-            stacklevel=5,
-        )
-        return in_chunks(self._by_chunk, *inputs)
-
-    def _chunk_by_linear_layers(self, step: int, sample: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            return self._call(self._put(step, 1, sample), *copied((args, kwargs)))
-        except Exception:  # with a batch of this size the network does something else: see _by_linear_layers
-            return self._by_chunk(step, sample, args, kwargs)
-
-    def _all_at_once(self, step: int, batch: Batch, kind: Hashable) -> list[Any] | None:
-        """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
-        if batch.size % self.samples or not linear_route.vectorised(self.network):
-            return None
-
-        def call(copy: bool) -> Any:
-            def network(*args: Any, **kwargs: Any) -> Any:
-                return self._call(self._put(step, 0), args, kwargs)
-
-            return linear_route.over_chunks(network, batch, self.samples, copy=copy)
-
-        outputs: list[Any] | None = self._by_linear_layers(kind, call)
-        return outputs
-
-    def _by_linear_layers(self, kind: Hashable, call: Callable[[bool], Any]) -> Any:
-        """What ``call`` returns, or ``None`` if this kind of call has to go the general route.
-
-        The first call of a kind is told to use copies of the inputs: a network that writes into its input, and then
-        cannot go this way after all, must do so once.
-        """
-        if torch.is_autocast_enabled("cpu"):  # what is found with one precision says nothing of another
-            kind = (kind, torch.get_autocast_dtype("cpu"))
-        first = kind not in self._general
-        if first:
-            fine = all(grouping.fine for grouping in self._groupings.values())
-            if not (fine and linear_route.applies(self.network, self.logits, self.gate)):
-                self._general[kind] = True
-        if self._general.get(kind) or not self.frozen:
-            return None
-        try:
-            with recomputation.refused():
-                outputs = call(first)
-        except linear_route.WidthError:
-            return None  # a mistake in this call, which says nothing of others
-        except Exception:
-            # The network, or this kind of call, cannot go this way. The general route decides: if it fails too, its
-            # error is the network's own and is the one to be seen.
-            self._general[kind] = True
-            return None
-        self._general[kind] = False
-        return outputs
-
-    def _draw(self, step: int, sample: int, name: str) -> Draw:
-        return Draw(self.seed, step, self.first_sample + sample, self._ids[name])
-
-    def _put(self, step: int, chunks: int, sample: int = 0) -> Any:
-        logits = self.logits
-
-        def put(name: str, weight: Tensor) -> Tensor:
-            return linear_route.GatedWeight(logits[name], weight, self._draw(step, sample, name), chunks)
-
-        return put
-
-    def _by_chunk(self, step: int, sample: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The general route: the network's output for one chunk, under one draw of whole masked weights."""
-        logits = self.logits
-        gates = self.gate.across(logits)
-        redrawing = Redrawing()
-        again: dict[int, Callable[[], Tensor]] = {}
-        trained = {} if self.frozen else dict(self.network.named_parameters())
-
-        def put(name: str, weight: Tensor) -> Tensor:
-            draw = self._draw(step, sample, name)
-            grouping = self._groupings[name]
-            scores = logits[grouping.owner]
-            gate = gates[grouping.owner] if grouping.fine else GroupedGate(gates[grouping.owner], grouping)
-
-            def made() -> Tensor:
-                return gate.masked(weight, scores.detach(), draw)
-
-            def whole() -> Tensor:
-                gated: Tensor = _Gated.apply(scores, trained.get(name, weight), gate, draw, redrawing, name)
-                # Logits that are changed before the backward pass are noticed there, by the node just made.
-                redrawing.add(name, gated, made)
-                again[id(gated)] = made
-                return gated
-
-            if name not in self._factors or not self.frozen:
-                return whole()
-            vector, of_outputs = self._factors[name]
-            of_each = GroupedGate(gates[grouping.owner], vector)
-            ones = torch.ones(vector.shape, device=weight.device)
-            numbers = _Gated.apply(scores, ones, of_each, draw, redrawing, name)
-            return FactoredWeight(weight, numbers, of_outputs, functools.cache(whole))
-
-        @contextmanager
-        def around(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-            with redrawing.hooks(), recomputation.covered(self.network, tensors, dict(again)):
-                yield
-
-        try:
-            return self._call(put, args, kwargs, around)
-        finally:
-            redrawing.called()
-
-    def _call(
-        self,
-        put: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        around: Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]] = nullcontext,
-    ) -> Any:
-        """Call the network with ``put(name, weight)`` in place of each masked weight."""
-        ids = self._ids
-        return call_with(self.network, self._aliases, lambda n, w: put(n, w) if n in ids else w, args, kwargs, around)
-
     def _check_first_call(self, output: Any) -> None:
         if not torch.is_grad_enabled():
             warnings.warn(
@@ -555,8 +309,7 @@ class MaskedNetwork(nn.Module):
         dtypes = [parameter.dtype for parameter in self.network.parameters()]
         unchanged = fingerprint(self.network) == self._fingerprint
         self.network._apply(fn)
-        self._general.clear()
-        self._chained = None
+        self._routes.forget()
         if unchanged and dtypes != [parameter.dtype for parameter in self.network.parameters()]:
             # A cast through us is meant: from here on the logits belong to the weights as they are now.
             self._fingerprint = fingerprint(self.network)
@@ -612,33 +365,6 @@ def _plant(tree: nn.Module, name: str, parameter: nn.Parameter) -> tuple[nn.Modu
         tree = tree.get_submodule(part)
     tree.register_parameter(last, parameter)
     return tree, last
-
-
-class _Gated(torch.autograd.Function):
-    """A masked weight for one draw. Keeps the logits and the weight for the backward pass, no sample and no noise."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        logits: Tensor,
-        weight: Tensor,
-        gate: Gate | GroupedGate,
-        draw: Draw,
-        redrawing: Redrawing,
-        name: str,
-    ) -> Tensor:
-        ctx.save_for_backward(logits, weight)
-        ctx.gate, ctx.draw, ctx.done = gate, draw, partial(redrawing.done, name)  # type: ignore[attr-defined]
-        return gate.masked(weight.detach(), logits.detach(), draw)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        ctx.done()
-        logits, weight = ctx.saved_tensors
-        weight, logits = weight.detach(), logits.detach()
-        # A masked weight is the weight times its sample, so the gradient of the weight is the gradient times that.
-        of_weight = ctx.gate.masked(gradient, logits, ctx.draw) if ctx.needs_input_grad[1] else None
-        return ctx.gate.logit_gradient(gradient, weight, logits, ctx.draw), of_weight, None, None, None, None
 
 
 def load_logits(masked: MaskedNetwork, logits: Mapping[str, Tensor]) -> None:

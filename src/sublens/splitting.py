@@ -6,7 +6,7 @@ where an output follows the batch is found once, by running the network a second
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,14 @@ def flatten(tree: Any) -> tuple[list[Any], Rebuild]:
         return build(built)
 
     return leaves, rebuild
+
+
+def kind_of_call(arguments: Any) -> Hashable:
+    """What kind of call the arguments of a network make: the dimensions of tensors, and what else there is.
+
+    Flags can change what a network does, so their values are part of it.
+    """
+    return tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in flatten(arguments)[0])
 
 
 def _open(tree: Any) -> tuple[list[Any], Build] | None:

@@ -1,6 +1,6 @@
 """``Switchboard``: many masks over one frozen network, one of them chosen for each call, or for each example."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sublens import recomputation
-from sublens.calling import call_with, plain
+from sublens.calling import OutputAxes, call_with
 from sublens.errors import MismatchError, SettingError
 from sublens.mask import Mask, fingerprint
 from sublens.selection import tied_names
-from sublens.splitting import Axes, Batch, flatten, join, output_axes
+from sublens.splitting import Batch, flatten, join
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -50,7 +50,7 @@ class Switchboard:
         self._fingerprint = fingerprint(network)
         self._state = self._versions()
         self._masks: dict[str, Mask] = {}
-        self._axes: dict[Hashable, Axes] = {}
+        self._axes = OutputAxes(network, self._aliases, batch_dim)
         self._held: tuple[str | None, dict[str, Tensor]] = (None, {})
         self._overwritable = False
         for name, mask in masks.items():
@@ -122,7 +122,7 @@ class Switchboard:
         members = [[i for i, name in enumerate(tasks) if name == one] for one in distinct]
         order = [i for group in members for i in group]
         sizes = [len(group) for group in members]
-        axes = self._output_axes(batch)
+        axes = self._axes.of(batch, batch.size)
         sorted_batch = batch.taken(order)
         bounds = pairwise(accumulate(sizes, initial=0))
         outputs = [self._through(name, *sorted_batch.part(*span)) for name, span in zip(distinct, bounds, strict=True)]
@@ -130,20 +130,6 @@ class Switchboard:
         leaves, rebuild = flatten(joined)
         back = torch.tensor(order).argsort()
         return rebuild([_reordered(leaf, axis, back) for leaf, axis in zip(leaves, axes, strict=True)])
-
-    def _output_axes(self, batch: Batch) -> Axes:
-        # Flags can change what the network does, so their values are part of what kind of call this is.
-        kind = tuple(leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in batch.leaves)
-        if kind not in self._axes:
-            size = batch.size
-            other = size - 1 if size > 1 else 2
-            with torch.no_grad():
-                first, second = (
-                    call_with(self._network, self._aliases, plain, *batch.part(0, count, copy=True))
-                    for count in (size, other)
-                )
-            self._axes[kind] = output_axes(first, size, second, other, batch_leads=self._batch_dim == 0)
-        return self._axes[kind]
 
     def _through(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weights = self._weights(name)
