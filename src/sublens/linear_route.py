@@ -282,8 +282,19 @@ def _lstm(
     bidirectional: Any = None, batch_first: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``torch.lstm`` with gated weights, on the whole batch. Networks are called in evaluation mode: no dropout."""
-    if batch_first is None or train or torch.is_autocast_enabled("cpu"):
-        raise NotLinearError("an LSTM of packed sequences, with dropout, or under autocast")
+    if batch_first is None or train:
+        raise NotLinearError("an LSTM of packed sequences, or with dropout")
+    if torch.is_autocast_enabled("cpu"):
+        asked = torch.get_autocast_dtype("cpu")
+        if any(part.dtype not in (torch.float32, asked) for part in (x, *state)):
+            raise NotLinearError(f"an input of {x.dtype} under autocast to {asked}")
+        first = next(weight for weight in weights if type(weight) is GatedWeight)
+        if first.source.chunks == 1 and asked == torch.bfloat16 and blocked.multiplies_bfloat16():
+            raise NotLinearError("one sample on a processor where PyTorch's own layer is faster in bfloat16")
+        rest = (weights, has_biases, layers, dropout, train, bidirectional, batch_first)
+        with torch.autocast("cpu", enabled=False):
+            y, h, c = _lstm(x.float(), [part.float() for part in state], *rest)
+        return y.to(asked), h.to(asked), c.to(asked)
     each = 4 if has_biases else 2  # weight_ih, weight_hh, bias_ih, bias_hh of a layer and direction
     gated = [weight for i, weight in enumerate(weights) if i % each < 2]
     biases = [bias for i, bias in enumerate(weights) if i % each >= 2]

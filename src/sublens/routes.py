@@ -213,15 +213,15 @@ class Routes:
         what is returned does not depend on when it was looked at, so that a resumed run has the same bits.
 
         The first look is at chunks by the general route, which masks all weights of the network at once; later ones,
-        when gradients and an optimizer's state need memory too, at single chunks by the linear route.
+        when gradients and an optimizer's state need memory too, at single chunks by the linear route. Under autocast it
+        is taken without that, since the routes round at other places there, and outputs that differ would say nothing.
         """
-        if torch.is_autocast_enabled("cpu"):
-            return None  # the two routes round at other places: outputs that differ would say nothing
-        step, trial = sampling.step, ("whole batch", kind)
-        known = trial in self.general
+        step, trial = sampling.step, ("whole batch", _with_precision(kind))
+        key = _with_precision(trial)  # another one under autocast, where the trial itself is without
+        known = key in self.general
         if not known and linear_route.watched(self.network):
-            self.general[trial] = True
-        if self.general.get(trial):
+            self.general[key] = True
+        if self.general.get(key):
             return None
         if known and step & (step + 1) != 0:
             return self._whole_batch(sampling, trial, args, kwargs)
@@ -229,12 +229,17 @@ class Routes:
         output = self._whole_batch(sampling, trial, args, kwargs)
         if output is None:
             return None
-        self.general[trial] = True  # until chunks have been seen to agree
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            alone = in_chunks(self._chunk_by_linear_layers if known else self._by_chunk, *copied(inputs))
-            same = agree(output, alone)
+        self.general[key] = True  # until chunks have been seen to agree
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+            whole = output
+            if key != trial:
+                whole = self._whole_batch(sampling, trial, *copied(inputs))
+            alone = None
+            if whole is not None:
+                alone = in_chunks(self._chunk_by_linear_layers if known else self._by_chunk, *copied(inputs))
+            same = alone is not None and agree(whole, alone)
         if same:
-            self.general[trial] = False
+            self.general[key] = False
             return output
         torch.set_rng_state(state)
         if not known:
