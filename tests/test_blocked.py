@@ -107,7 +107,7 @@ def test_agrees_for_long_chunks(samples: int, width: int, height: int, monkeypat
 @pytest.mark.parametrize("long", [12, 256])
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (70, 53), (300, 100)])
-def test_rectifies_as_a_relu_beside_the_layer(
+def test_rectifies_and_rounds_as_torch_does_beside_the_layer(
     width: int, height: int, reduced: bool, long: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocked, "_LONG", long)
@@ -122,7 +122,14 @@ def test_rectifies_as_a_relu_beside_the_layer(
     assert found is not None
     assert torch.equal(found, torch.where(x > 0, of_x, 0))
     assert torch.equal(same, of_logits)
+    for rounded, whole in (
+        (blocked.forward(x, weight, logits, DRAW, bias=bias, reduced=reduced, rounded=True), y),
+        (blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True, reduced=reduced, rounded=True)[0], of_x),
+    ):
+        assert rounded is not None
+        assert torch.equal(rounded, whole.bfloat16().float())
     if width > 1:
+        assert not torch.equal(y, y.bfloat16().float())
         assert bool((found != of_x).any())
         assert bool((y < 0).any())
 
@@ -201,6 +208,7 @@ def test_what_is_not_a_number_in_one_place_stays_there() -> None:
         y = blocked.forward(x, weight, logits, DRAW, rectified=rectified)
         assert bool(y[:, :, 3].isnan().all())
         assert int(y.isnan().sum()) == y[:, :, 3].numel()
+    assert bool(blocked.forward(x, weight, logits, DRAW, rounded=True)[:, :, 3].isnan().all())
 
 
 @pytest.mark.parametrize("rows", [*range(1, 70), 128, 1000])

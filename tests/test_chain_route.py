@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import sublens as sl
 from sublens import chain_route
+from sublens.kernels import blocked
 
 
 def chain(*layers: nn.Module) -> nn.Sequential:
@@ -69,21 +70,34 @@ def run(masked: sl.MaskedNetwork, x: Tensor) -> list[Tensor]:
     return found
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16, products too"])
 @pytest.mark.parametrize("rows", [8, 1040])  # of the second, 260 to a sample: a long chunk
 @pytest.mark.parametrize("samples", [1, 2, 4])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gives_the_bits_of_the_route_layer_by_layer(
-    name: str, samples: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    name: str, samples: int, rows: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(blocked, "multiplies_bfloat16", lambda: "products" in precision)
     x = torch.randn(rows, 6, generator=torch.Generator().manual_seed(3))
     made = calls(monkeypatch)
-    found = run(sl.MaskedNetwork(NETWORKS[name](), samples=samples, seed=5), x)
-    assert len(made) == 2
-    monkeypatch.setattr(chain_route, "layers", lambda *args: None)
-    expected = run(sl.MaskedNetwork(NETWORKS[name](), samples=samples, seed=5), x)
-    assert len(made) == 2
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != "float32"):
+        found = run(sl.MaskedNetwork(NETWORKS[name](), samples=samples, seed=5), x)
+        assert len(made) == 2
+        monkeypatch.setattr(chain_route, "layers", lambda *args: None)
+        expected = run(sl.MaskedNetwork(NETWORKS[name](), samples=samples, seed=5), x)
+        assert len(made) == 2
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(bool((each != 0).any()) for each in found)
+
+
+def test_steps_aside_for_other_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked, x = after_the_first_call(NETWORKS["plain"]())
+    made = calls(monkeypatch)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert masked(x).dtype == torch.float16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert masked(x.bfloat16()).dtype == torch.bfloat16
+    assert made == []
 
 
 def test_takes_inputs_that_are_not_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

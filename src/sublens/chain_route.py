@@ -8,6 +8,7 @@ masked network, in which hooks look for checkpoints.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +45,15 @@ def layers(network: nn.Module, logits: Mapping[str, Tensor], x: Any, chunks: int
 
     It is an ``nn.Sequential``, or several in one another, of ``nn.Linear``, ``nn.ReLU`` and what does nothing to
     vectors in evaluation mode. Its weights are what is masked, and nothing watches its modules. ``x`` is a float32
-    batch of vectors on the CPU whose size is a multiple of ``chunks``. Gate and logits are looked at by
-    :func:`sublens.linear_route.applies`.
+    batch of vectors on the CPU whose size is a multiple of ``chunks``, and if there is an autocast, it is to bfloat16.
+    Gate and logits are looked at by :func:`sublens.linear_route.applies`.
     """
     if (
         type(x) is not Tensor
         or x.dim() != 2
         or x.shape[0] % chunks
         or not cpu.applies(x, x)
-        or torch.is_autocast_enabled("cpu")
+        or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16)
         or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
         or modules._global_forward_hooks
         or modules._global_forward_pre_hooks
@@ -106,31 +107,41 @@ def call(chain: list[Layer], x: Tensor, logits: Mapping[str, Tensor], draws: Map
         chunks: number K of chunks, which lie one after the other in ``x``.
 
     Returns:
-        (B, out) float32.
+        (B, out) float32, or bfloat16 under autocast to it.
     """
-    last = chain[-1]
+    last, rounded = chain[-1], torch.is_autocast_enabled("cpu")
     inner = [*chain[:-1], Layer(last.name, last.weight, last.bias, rectified=False)]
     scores, named = [logits[layer.name] for layer in chain], [draws[layer.name] for layer in chain]
-    y: Tensor = _Chain.apply(x, inner, named, chunks, *scores)
-    return y.relu() if last.rectified else y
+    with torch.autocast("cpu", enabled=False) if rounded else nullcontext():
+        y: Tensor = _Chain.apply(x, inner, named, chunks, rounded, *scores)
+        y = y.bfloat16() if rounded else y
+        return y.relu() if last.rectified else y
 
 
 class _Chain(torch.autograd.Function):
-    """Keeps what goes into each layer, logits and weights for the backward pass, no sample."""
+    """Keeps what goes into each layer, logits and weights for the backward pass, no sample.
+
+    Where it is ``rounded``, what lies between layers are numbers of bfloat16, as under autocast, and products are in it
+    where the processor gains by that.
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, chain: list[Layer], draws: list[Draw], chunks: int, *logits: Tensor
+        ctx: FunctionCtx, x: Tensor, chain: list[Layer], draws: list[Draw], chunks: int, rounded: bool, *logits: Tensor
     ) -> Tensor:
+        reduced = rounded and blocked.multiplies_bfloat16()
         rows = x.shape[0]
         inputs = [x.contiguous().view(chunks, rows // chunks, -1)]
         for layer, scores, draw in zip(chain, logits, draws, strict=True):
             y = x.new_empty(rows, layer.weight.shape[0])
             out = y.view(chunks, rows // chunks, -1)
-            blocked.forward(inputs[-1], layer.weight, scores, draw, bias=layer.bias, out=out, rectified=layer.rectified)
+            blocked.forward(
+                inputs[-1], layer.weight, scores, draw, bias=layer.bias, out=out, reduced=reduced,
+                rectified=layer.rectified, rounded=rounded,
+            )  # fmt: skip
             inputs.append(out)
         ctx.save_for_backward(*inputs[:-1], *logits, *(layer.weight for layer in chain))
-        ctx.chain, ctx.draws = chain, draws  # type: ignore[attr-defined]
+        ctx.chain, ctx.draws, ctx.rounded, ctx.reduced = chain, draws, rounded, reduced  # type: ignore[attr-defined]
         return y
 
     @staticmethod
@@ -142,6 +153,7 @@ class _Chain(torch.autograd.Function):
             assert of_x is not None
             of_x, of_logits[i] = blocked.backward(
                 of_x, saved[i], saved[2 * count + i], saved[count + i], ctx.draws[i],
-                wants_x=i > 0 or ctx.needs_input_grad[0], rectified=i > 0 and chain[i - 1].rectified,
+                wants_x=i > 0 or ctx.needs_input_grad[0], reduced=ctx.reduced,
+                rectified=i > 0 and chain[i - 1].rectified, rounded=i > 0 and ctx.rounded,
             )  # fmt: skip
-        return None if of_x is None else of_x.view(-1, of_x.shape[-1]), None, None, None, *of_logits
+        return None if of_x is None else of_x.view(-1, of_x.shape[-1]), None, None, None, None, *of_logits

@@ -65,6 +65,7 @@ def forward(
     out: Tensor | None = None,
     reduced: bool = False,
     rectified: bool = False,
+    rounded: bool = False,
 ) -> Tensor:
     """Each sample's inputs times its masked weight, transposed, plus the bias.
 
@@ -79,6 +80,7 @@ def forward(
         reduced: round what is multiplied to bfloat16. Sums stay float32; those of long chunks are rounded at the end,
             as PyTorch's own products in bfloat16 are.
         rectified: replace what is below 0 by 0, as a ReLU after the layer does.
+        rounded: round the result to numbers that bfloat16 has.
 
     Returns:
         (K, m, out) float32.
@@ -89,10 +91,11 @@ def forward(
     if m >= _LONG:
         _forward_long(y, x, weight, logits, draw, first, reduced)
         y = y if bias is None else y.add_(bias)
-        return y.relu_() if rectified else y
+        y = y.relu_() if rectified else y
+        return y.copy_(y.bfloat16()) if rounded else y
     loops = cpu.compiled("linear_loops")
     fields = {loops.GRADIENT: y.data_ptr(), loops.BIAS: 0 if bias is None else bias.data_ptr()}
-    plan = _plan(samples, m, height, width, False, loops.COLUMNS, reduced, rectified, torch.get_num_threads())
+    plan = _plan(samples, m, height, width, False, loops.COLUMNS, reduced, rectified, rounded, torch.get_num_threads())
     _run(plan, fields, x, weight, logits, draw, first)
     return y
 
@@ -109,6 +112,7 @@ def backward(
     wants_x: bool,
     reduced: bool = False,
     rectified: bool = False,
+    rounded: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of :func:`forward`, for the same draw.
 
@@ -122,6 +126,7 @@ def backward(
         wants_x: whether the inputs' gradient is wanted.
         reduced: as in the forward pass.
         rectified: ``x`` comes from a ReLU, and the gradient is wanted of what went into that.
+        rounded: round the gradient of ``x`` to numbers that bfloat16 has.
 
     Returns:
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
@@ -129,7 +134,11 @@ def backward(
     samples, m, width = x.shape
     if m >= _LONG:
         of_x, of_logits = _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced)
-        return of_x if of_x is None or not rectified else of_x.masked_fill_(x <= 0, 0), of_logits
+        if of_x is not None and rectified:
+            of_x.masked_fill_(x <= 0, 0)
+        if of_x is not None and rounded:
+            of_x.copy_(of_x.bfloat16())
+        return of_x, of_logits
     loops = cpu.compiled("linear_loops")
     of_logits = _for_gradient(logits)
     of_x = torch.empty_like(x) if wants_x else None
@@ -140,7 +149,7 @@ def backward(
         loops.RESULT: of_logits.data_ptr(),
         loops.OF_INPUTS: 0 if of_x is None else of_x.data_ptr(),
     }
-    plan = _plan(samples, m, weight.shape[0], width, True, wide, reduced, rectified, count)
+    plan = _plan(samples, m, weight.shape[0], width, True, wide, reduced, rectified, rounded, count)
     _run(plan, fields, x, weight, logits, draw, first)
     return of_x, of_logits
 
@@ -297,7 +306,7 @@ class _Plan:
 @functools.lru_cache(maxsize=1024)
 def _plan(
     samples: int, m: int, height: int, across: int, backward: bool, wide: int, reduced: bool, rectified: bool,
-    count: int,
+    rounded: bool, count: int,
 ) -> _Plan:  # fmt: skip
     """A plan for ``count`` threads that take ``wide`` columns at a time."""
     loops = cpu.compiled("linear_loops")
@@ -310,7 +319,7 @@ def _plan(
     p = [0] * loops.LINEAR_FIELDS
     p[loops.HEIGHT], p[loops.ACROSS], p[loops.SAMPLES], p[loops.CHUNK_ROWS] = height, across, samples, m
     p[loops.PIECES], p[loops.LENGTH], p[loops.SHARE], p[loops.IN_WORD] = pieces_of, length, share, in_word
-    p[loops.WIDE], p[loops.RECTIFIED] = wide, int(rectified)
+    p[loops.WIDE], p[loops.RECTIFIED], p[loops.ROUNDED] = wide, int(rectified), int(rounded)
     return _Plan(
         fields=tuple(p),
         room=rows * (packed + reduced),

@@ -23,6 +23,7 @@ from sublens.kernels.loops import (
     f32,
     fill,
     gates,
+    i32,
     i64,
     loop,
     mask,
@@ -34,6 +35,8 @@ from sublens.kernels.vector import (
     GROUP,
     REGISTER,
     WIDTH,
+    as_float,
+    as_word,
     fold_of,
     fold_pair_of,
     pointer,
@@ -60,8 +63,8 @@ _reduced_by_pieces = product_of(PANEL // REGISTER, reduced=True)
 
 INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
 HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
-TURNED, IN_WORD, RECTIFIED = 29, 30, 31
-LINEAR_FIELDS = 32
+TURNED, IN_WORD, RECTIFIED, ROUNDED = 29, 30, 31, 32
+LINEAR_FIELDS = 33
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
 OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
 number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
@@ -70,7 +73,8 @@ is that of what is put in another order first, PACKING the next part of it and D
 both begin at 0. IN_WORD is the number of neighbours, along what a product sums over, that stand in 32 bits of what it
 is given: 1, or 2 where products are in bfloat16. TURNED is the address of the same rows as at PACKED in words of
 neighbours in a column (the same ones, if IN_WORD is 1), or 0. RECTIFIED is 1 where a ReLU follows the layer (forward)
-or comes before it (backward), else 0."""
+or comes before it (backward), else 0. ROUNDED is 1 where outputs (forward), or the gradient of the inputs (backward),
+are rounded to numbers that bfloat16 has, else 0."""
 
 
 @loop(INT, INT, INT, INT, INT, INT)
@@ -136,6 +140,16 @@ def _add(columns: Any, bias: Any, rows: Any, length: Any) -> None:
     for r in range(rows):
         for j in range(length):
             s[r * length + j] += b[r]
+
+
+@loop(INT, INT)
+def _round(values: Any, count: Any) -> None:
+    """Round to the nearest float32 that bfloat16 has too, to an even one of two."""
+    v = carray(pointer(values), (count,), f32)
+    for j in range(count):
+        word = as_word(v[j])
+        nearest = (word + i32(0x7FFF) + ((word >> i32(16)) & i32(1))) & i32(-0x10000)
+        v[j] = as_float(i32(nearest)) if v[j] == v[j] else v[j]
 
 
 @loop(INT, INT)
@@ -327,6 +341,8 @@ def _forward(p: Any) -> None:
                     _add(columns, p[BIAS] + 4 * top, rows, length)
                 if p[RECTIFIED] == 1:
                     _rectify(columns, rows * length)
+                if p[ROUNDED] == 1:
+                    _round(columns, rows * length)
                 _rows_of(columns, length, y, height, min(length, chunk - first), rows)
 
 
@@ -421,6 +437,8 @@ def _backward(p: Any) -> None:
                 for first in range(0, chunk, length):
                     at, many = 4 * ((i * chunk + first) * across + left), min(length, chunk - first)
                     columns = of_inputs + 4 * (i * pieces + first // length) * size * length
+                    if p[ROUNDED] == 1:
+                        _round(columns, size * length)
                     _rows_of(columns, length, p[OF_INPUTS] + at, across, many, size)
                     if p[RECTIFIED] == 1:
                         _stop(p[OF_INPUTS] + at, p[INPUTS] + at, across, many, size)
