@@ -16,7 +16,7 @@ from sublens.errors import FileError, StudyError
 from sublens.inspection import inspect
 from sublens.mask import Mask, fingerprint
 from sublens.studies import class_removal, gradient_cosine, mask_stability, permuted_digits
-from sublens.studies.image_files import Images, Part
+from sublens.studies.image_files import Images, Part, load_images
 from sublens.studies.image_networks import ConvNet, ResNet
 from sublens.studies.images import _augmented, confusion, image_task, loss
 from sublens.study import Asked, Study, Together, seed_from
@@ -152,7 +152,7 @@ def test_the_paper_preset_of_the_residual_study_is_the_papers(cifar: Path) -> No
 
 def test_the_paper_preset_of_permuted_digits_is_the_papers(tmp_path: Path, write_mnist: Callable[..., Any]) -> None:
     write_mnist(tmp_path)
-    study = studies.load("permuted-digits", preset="paper", folder=str(tmp_path), new_logit=-1)
+    study = studies.load("permuted-digits", preset="paper", folder=str(tmp_path), new_logit=-1, other=False)
     assert settings_of(study)[2:] == (30_000, 1e-2, 1.28e-3, 128)
     assert (study.network_lr, study.samples) == (1e-2, 8)
     assert study.together == Together(used=2.0, new=-1, fresh=("1",))
@@ -168,6 +168,25 @@ def test_the_paper_preset_of_permuted_digits_is_the_papers(tmp_path: Path, write
         assert not torch.equal(inputs, plain[0])
         order = torch.randperm(784, generator=torch.Generator().manual_seed(seed_from("permuted-digits", number)))
         assert torch.equal(inputs.flatten(1), plain[0].flatten(1)[:, order])
+
+
+def test_the_other_function_of_permuted_digits_is_how_bright_an_image_is() -> None:
+    images = load_images(None)
+    study = studies.load("permuted-digits")
+    assert [task.name for task in study.tasks][-2:] == ["permutation-5", "brightness"]
+    sorted_by = permuted_digits.by_brightness(images)
+    for part, labelled in ((images.train, sorted_by.train), (images.test, sorted_by.test)):
+        brightness = part.pixels.double().mean((1, 2, 3))
+        order = brightness.argsort()
+        # Brighter images have labels as high or higher, and no class is rare.
+        assert bool((labelled.labels[order].diff() >= 0).all())
+        assert int(labelled.labels.bincount(minlength=10).min()) > len(order) / 20
+    # Batches are of the same images, with other labels, in another order of pixels.
+    inputs, labels = study.tasks[-1].batches_for(3)(5)
+    plain = study.control.batches_for(3)(5)
+    assert torch.equal(inputs.flatten(1).sort().values, plain[0].flatten(1).sort().values)
+    assert not torch.equal(inputs, plain[0])
+    assert not torch.equal(labels, plain[1])
 
 
 def test_mask_stability_draws_pairs_and_trains_two_masks_for_each() -> None:
@@ -192,7 +211,7 @@ def test_impossible_settings_and_folders_are_one_clear_line(name: str, tmp_path:
         "class-removal-resnet": [{"depth": 9}, {"depth": 2}],
         "mask-stability": [{"pairs": 0}, {"pairs": 46}],
         "gradient-cosine": [{"width": True}, {"dropout": "no"}],
-        "permuted-digits": [{"permutations": 1}, {"widths": ()}, {"widths": (0,)}, {"new_logit": 11}],
+        "permuted-digits": [{"permutations": 1}, {"widths": ()}, {"widths": (0,)}, {"new_logit": 11}, {"other": 1}],
     }
     for settings in wrong[name]:
         (setting,) = settings
@@ -364,7 +383,9 @@ def test_reuse_is_the_share_of_a_mask_that_earlier_ones_keep() -> None:
         return Mask(layers, "network")
 
     masks = {"original": mask(0, 1, 2), "permutation-1": mask(2, 3), "permutation-2": mask(0, 3, 4, 5)}
-    study = dataclasses.replace(studies.load("permuted-digits", permutations=3), network=lambda seed: network)
+    study = dataclasses.replace(
+        studies.load("permuted-digits", permutations=3, other=False), network=lambda seed: network
+    )
     answer = permuted_digits.reuse(asked_of(network, masks, study))
     (lines,) = answer.figures
     assert isinstance(lines, Lines)
@@ -378,6 +399,15 @@ def test_reuse_is_the_share_of_a_mask_that_earlier_ones_keep() -> None:
     empty = permuted_digits.reuse(asked_of(network, {**masks, "permutation-2": mask()}, study))
     assert empty.numbers is not None
     assert empty.numbers["reused"] is None
+    assert empty.numbers["reused_by_another_function"] is None
+    # A task of another function is compared with the last permutation, and is none of them.
+    study = dataclasses.replace(studies.load("permuted-digits", permutations=3), network=lambda seed: network)
+    masks["brightness"] = mask(1, 7, 8, 9)
+    compared = permuted_digits.reuse(asked_of(network, masks, study))
+    assert compared.numbers == {**answer.numbers, "reused_by_another_function": 1 / 4}
+    assert "it is 25.0\xa0% (random masks 60.0\xa0%)" in compared.sentence
+    nothing = permuted_digits.reuse(asked_of(network, {**masks, "brightness": mask()}, study))
+    assert "keeps nothing to compare" in nothing.sentence
 
 
 QUICK: dict[str, dict[str, Any]] = {

@@ -4,6 +4,9 @@ A network learns to read digits, then again under one permutation of the pixels 
 together. The weights that an earlier mask keeps are frozen and at hand; all others are drawn anew each time, and so is
 the whole first layer, since a permutation changes what its weights mean. Beyond the first layer the function stays the
 same: a network that reuses would use the frozen weights.
+
+Frozen weights are trained ones, all others are as they were drawn, so some of them would be used whatever is learned.
+How many is seen by the last task, which asks the same images another function: how bright they are.
 """
 
 from collections.abc import Sequence
@@ -18,12 +21,13 @@ from sublens.analysis import Distribution, accuracies, shared_by_chance, total
 from sublens.answers import Answer, Lines, Series, Spread, percent
 from sublens.errors import StudyError
 from sublens.inspection import used_before
-from sublens.studies.image_files import load_images
+from sublens.studies.image_files import Images, load_images
 from sublens.studies.images import image_task, layers_of
 from sublens.studies.networks import feed_forward
-from sublens.studies.settings import chosen_preset, whole
+from sublens.studies.settings import chosen_preset, truth, whole
 from sublens.study import Asked, Study, Together, seed_from
 
+BRIGHTNESS = "brightness"  # name of the task of another function
 _FIRST = "1"  # the first linear layer, after the one that flattens the image
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"widths": (800, 800, 64), "permutations": 11, "mask_steps": 30_000},
@@ -46,6 +50,7 @@ def study(
     widths: Sequence[int] | None = None,
     used_logit: float = 2.0,
     new_logit: float = 2.0,
+    other: bool = True,
 ) -> Study:
     """Return the study.
 
@@ -57,6 +62,7 @@ def study(
         widths: of the hidden layers.
         used_logit: where the logits of weights start that an earlier mask keeps.
         new_logit: where the others start: 2, 0 or -1 in the paper. The lower, the more reuse is preferred.
+        other: whether a last task asks another function of the images, which the paper does not: how bright they are.
 
     Raises:
         StudyError: no such preset, or an impossible setting.
@@ -80,6 +86,10 @@ def study(
         order = None if number == 0 else torch.randperm(inputs, generator=generator)
         name = f"permutation-{number}" if number else "original"
         tasks.append(image_task(name, replace(images, order=order), everything, 128))
+    if truth("other", other):
+        generator = torch.Generator().manual_seed(seed_from("permuted-digits", count))
+        order = torch.randperm(inputs, generator=generator)
+        tasks.append(image_task(BRIGHTNESS, replace(by_brightness(images), order=order), everything, 128))
     return Study(
         name="permuted-digits",
         preset=preset,
@@ -96,8 +106,24 @@ def study(
         biases=True,
         functions={},
         questions={"reuse": reuse, "accuracy": accuracy},
-        settings={"widths": list(hidden), "permutations": count, "images": images.described},
+        settings={"widths": list(hidden), "permutations": count, "other": other, "images": images.described},
         **{"mask_lr": 1e-2, **chosen},
+    )
+
+
+def by_brightness(images: Images) -> Images:
+    """The same images, to be told apart by their mean brightness: as many classes of equal size as there were.
+
+    The bounds between classes are those of the training images.
+    """
+    count = len(images.classes)
+    train, test = (part.pixels.flatten(1).double().mean(1) for part in (images.train, images.test))
+    bounds = train.quantile(torch.arange(1, count, dtype=train.dtype) / count)
+    return replace(
+        images,
+        classes=tuple(str(number) for number in range(count)),
+        train=replace(images.train, labels=torch.bucketize(train, bounds)),
+        test=replace(images.test, labels=torch.bucketize(test, bounds)),
     )
 
 
@@ -117,20 +143,31 @@ def reuse(asked: Asked) -> Answer:
             seen[group].append(sum(reused[tensor] for tensor in tensors) / count if count else None)
             drawn = total([shared_by_chance(size[tensor], int(used[tensor].sum()), kept[tensor]) for tensor in tensors])
             chance[group].append(_share(drawn, count) if count else None)
-    ends = {group: (values[-1], chance[group][-1]) for group, values in seen.items()}
+    permuted = [i for i, name in enumerate(names) if name != BRIGHTNESS]
+    ends = {group: (values[permuted[-1]], chance[group][permuted[-1]]) for group, values in seen.items()}
     whole_network, by_chance = ends["all but the first"]
     every_size = asked.masks[names[0]].sizes()
-    left = used_before(asked.masks, "")
+    left = used_before(asked.masks, BRIGHTNESS if len(permuted) < len(names) else "")
     taken = sum(int(left[t].sum()) for t in groups["all but the first"]) / sum(
         every_size[t] for t in groups["all but the first"]
     )
     said = "cannot be said, since the mask keeps nothing" if whole_network is None else f"is {percent(whole_network)}"
     beside = f", where a random mask of its size would hit {percent(by_chance.mean)}" if by_chance else ""
+    of_another, compared = None, ""
+    if len(permuted) < len(names):
+        of_another, chance_of_another = seen["all but the first"][-1], chance["all but the first"][-1]
+        if of_another is None or chance_of_another is None:
+            compared = " The mask of another function, how bright an image is, keeps nothing to compare that with."
+        else:
+            compared = (
+                f" Of the mask that asks the images another function, how bright they are, it is {percent(of_another)}"
+                f" (random masks {percent(chance_of_another.mean)}): so much of it is used by a task that asks something else."
+            )
     return Answer(
         title="Which share of each mask is reused from earlier permutations?",
         sentence=(
             f"Beyond the first layer, the share of the last permutation's mask that earlier ones already used {said}"
-            f"{beside}; by then {percent(taken)} of these weights are used by some permutation."
+            f"{beside}; by then {percent(taken)} of these weights are used by some permutation.{compared}"
         ),
         figures=[
             Lines(
@@ -139,7 +176,7 @@ def reuse(asked: Asked) -> Answer:
                     " sizes, with their central 95 %."
                 ),
                 label="share of the mask",
-                x_label="permutation",
+                x_label="task",
                 x=names,
                 series=[
                     Series(
@@ -155,6 +192,7 @@ def reuse(asked: Asked) -> Answer:
             "reused": whole_network,
             "reused_by_chance": by_chance.mean if by_chance else None,
             "used_in_the_end": taken,
+            "reused_by_another_function": of_another,
             **{f"reused_in_layer_{layer}": ends[layer][0] for layer in layers},
         },
     )
@@ -164,10 +202,19 @@ def _share(drawn: Distribution, count: int) -> Spread:
     return Spread(**drawn.summary(lambda shared: shared / count))
 
 
+def _of_another(asked: Asked) -> float | None:
+    """Accuracy of the task of another function, if the study has it."""
+    task = asked.study.tasks[-1]
+    if task.name != BRIGHTNESS:
+        return None
+    return accuracies(asked.networks[task.name], {task.name: task.metric}, asked.masks[task.name])[task.name]
+
+
 def accuracy(asked: Asked) -> Answer:
     """Does every permutation still work, with the mask and the network that its training left?"""
-    tasks = (asked.study.control, *asked.study.tasks)
-    last = tasks[-1].name
+    every = (asked.study.control, *asked.study.tasks)
+    last = every[-1].name
+    tasks = [task for task in every if task.name != BRIGHTNESS]
     own, final = [], []
     for task in tasks:
         metric = {task.name: task.metric}
@@ -203,5 +250,10 @@ def accuracy(asked: Asked) -> Answer:
                 ],
             )
         ],
-        numbers={"accuracy": mean(own), "lowest_accuracy": min(own), "accuracy_in_the_end": mean(final)},
+        numbers={
+            "accuracy": mean(own),
+            "lowest_accuracy": min(own),
+            "accuracy_in_the_end": mean(final),
+            "accuracy_of_another_function": _of_another(asked),
+        },
     )
