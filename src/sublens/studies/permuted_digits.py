@@ -161,7 +161,8 @@ def reuse(asked: Asked) -> Answer:
         else:
             compared = (
                 f" Of the mask that asks the images another function, how bright they are, it is {percent(of_another)}"
-                f" (random masks {percent(chance_of_another.mean)}): so much of it is used by a task that asks something else."
+                f" (random masks {percent(chance_of_another.mean)}), so that much is used by a task that asks something"
+                " else."
             )
     return Answer(
         title="Which share of each mask is reused from earlier permutations?",
