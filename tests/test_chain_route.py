@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import sublens as sl
-from sublens import chain_route
 from sublens.kernels import blocked
+from sublens.routes import chain_route
 
 
 def chain(*layers: nn.Module) -> nn.Sequential:

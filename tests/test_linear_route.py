@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import sublens as sl
-from sublens import linear_route, recurrent_route
 from sublens.kernels import blocked
-from sublens.linear_route import per_example
 from sublens.noise import parameter_id
-from sublens.routes import Routes, Sampling
+from sublens.routes import Routes, Sampling, linear_route, recurrent_route
+from sublens.routes.linear_route import per_example
 
 
 def chain(*between: nn.Module) -> nn.Sequential:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import sublens as sl
-from sublens import kernels, linear_route
+from sublens import kernels
 from sublens.redrawing import Redrawing
+from sublens.routes import linear_route
 
 
 class Attention(nn.Module):
@@ -117,7 +118,7 @@ def test_what_was_drawn_again_goes_with_its_last_use(name: str, monkeypatch: pyt
     monkeypatch.setattr(Redrawing, "__init__", lambda self: (made.append(self), start(self))[1])
     held = []
     monkeypatch.setattr(
-        "sublens.routes._Gated.backward",
+        "sublens.routes.choosing._Gated.backward",
         staticmethod(lambda ctx, gradient: (held.extend(name for one in made for name in one._made), (None,) * 6)[1]),
     )
     sl.MaskedNetwork(NETWORKS[name](), samples=2)(inputs()).sum().backward()

@@ -3,8 +3,8 @@
 Such a network is one step of autograd: each layer goes through the blocked product (:mod:`sublens.kernels.blocked`),
 which rectifies what it writes, and nothing runs between two layers but their own loops. In small networks what lies
 between them costs as much as a fifth of a step otherwise. Values and gradients are those of
-:mod:`sublens.linear_route`, bit for bit, which takes whatever this route does not; also the first training call of a
-masked network, in which hooks look for checkpoints.
+:mod:`sublens.routes.linear_route`, bit for bit, which takes whatever this route does not; also the first training call
+of a masked network, in which hooks look for checkpoints.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ def layers(network: nn.Module, logits: Mapping[str, Tensor], x: Any, chunks: int
     It is an ``nn.Sequential``, or several in one another, of ``nn.Linear``, ``nn.ReLU`` and what does nothing to
     vectors in evaluation mode. Its weights are what is masked, and nothing watches its modules. ``x`` is a float32
     batch of vectors on the CPU whose size is a multiple of ``chunks``, and if there is an autocast, it is to bfloat16.
-    Gate and logits are looked at by :func:`sublens.linear_route.applies`.
+    Gate and logits are looked at by :func:`sublens.routes.linear_route.applies`.
     """
     if (
         type(x) is not Tensor

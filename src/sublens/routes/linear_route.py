@@ -25,10 +25,11 @@ from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.function import FunctionCtx
 
-from sublens import kernels, recurrent_route
+from sublens import kernels
 from sublens.gates import Gate
 from sublens.kernels import blocked, cpu
 from sublens.noise import Draw
+from sublens.routes import recurrent_route
 from sublens.splitting import Batch, Rebuild, flatten
 
 

@@ -3,9 +3,10 @@
 By definition each chunk of a batch goes through the network by itself, under whole masked weights of its own draw: the
 general route. The others give the same, where they apply:
 
-- :mod:`sublens.chain_route`, for plain chains of linear layers and ReLUs;
-- :mod:`sublens.linear_route`, for networks in which only linear layers, attention and LSTMs are masked: one call on the
-  whole batch where each example is known to go its own way, or one under vmap, or one on the whole batch on trial.
+- :mod:`sublens.routes.chain_route`, for plain chains of linear layers and ReLUs;
+- :mod:`sublens.routes.linear_route`, for networks in which only linear layers, attention and LSTMs are masked: one call
+  on the whole batch where each example is known to go its own way, or one under vmap, or one on the whole batch on
+  trial.
 
 Which one a kind of call can take is found at its first call and remembered.
 """
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from sublens import chain_route, linear_route, recomputation
+from sublens import recomputation
 from sublens.calling import OutputAxes, call_with
 from sublens.gates import Gate
 from sublens.groups import FactoredWeight, GroupedGate, Grouping, factors
 from sublens.noise import Draw, parameter_id
 from sublens.redrawing import Redrawing
+from sublens.routes import chain_route, linear_route
 from sublens.selection import tied_names
 from sublens.splitting import Batch, agree, copied, join, kind_of_call
 
