@@ -8,6 +8,7 @@ from typing import Any
 
 from numba import carray, cfunc, njit, types
 
+from sublens.kernels.gate_vectors import fold_of, fold_pair_of
 from sublens.kernels.halves import masked_halves_of, masked_rows_of, paired_of, rounded_of
 from sublens.kernels.loops import (
     COUNTER,
@@ -31,20 +32,7 @@ from sublens.kernels.loops import (
     times,
 )
 from sublens.kernels.product import product, product_of
-from sublens.kernels.vector import (
-    GROUP,
-    REGISTER,
-    WIDTH,
-    as_float,
-    as_word,
-    fold_of,
-    fold_pair_of,
-    pointer,
-    take,
-    transpose,
-    wait,
-    written,
-)
+from sublens.kernels.vector import GROUP, REGISTER, WIDTH, as_float, as_word, pointer, take, transpose, wait, written
 from sublens.noise import PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables, the masked weights of two samples, the inputs of 128

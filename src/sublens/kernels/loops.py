@@ -13,23 +13,17 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from sublens.kernels.reference import LOG2_E, LOGIT_BOUND, POLYNOMIAL, ROUNDER
-from sublens.kernels.vector import (
-    GROUP,
-    REGISTER,
-    as_float,
-    as_word,
+from sublens.kernels.gate_vectors import (
     draw,
     fold_of,
     limits_and_odds_of,
     limits_of,
     masked_of,
     masked_pair_of,
-    pointer,
-    take,
     times_of,
-    written,
 )
+from sublens.kernels.reference import LOG2_E, LOGIT_BOUND, POLYNOMIAL, ROUNDER
+from sublens.kernels.vector import GROUP, REGISTER, as_float, as_word, pointer, take, written
 from sublens.noise import LEVELS, PATTERNS, TILE
 
 f32, i32, u16, i64 = np.float32, np.int32, np.uint16, np.int64
