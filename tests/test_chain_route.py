@@ -113,6 +113,24 @@ def hooked(network: nn.Sequential) -> nn.Module:
     return network
 
 
+def hooked_backward(network: nn.Sequential) -> nn.Module:
+    network[1].register_full_backward_hook(lambda module, of_inputs, of_outputs: (2 * of_inputs[0],))
+    return network
+
+
+def with_a_bias_that_is_no_parameter(network: nn.Sequential) -> nn.Module:
+    bias = torch.ones(12)
+    del network[0].bias
+    network[0].register_buffer("bias", bias)
+    return network
+
+
+def with_an_empty_sequential(network: nn.Sequential) -> nn.Module:
+    network[1] = last = nn.Sequential()
+    last.register_forward_hook(lambda module, args, output: 2 * output)
+    return network
+
+
 def patched(network: nn.Sequential) -> nn.Module:
     network[1].forward = lambda x: 2 * x  # type: ignore[method-assign]
     return network
@@ -126,6 +144,9 @@ def tied(network: nn.Sequential) -> nn.Module:
     ("change", "settings"),
     [
         (hooked, {}),
+        (hooked_backward, {}),
+        (with_a_bias_that_is_no_parameter, {}),
+        (with_an_empty_sequential, {}),
         (patched, {}),
         (tied, {}),
         (lambda network: nn.Sequential(nn.ReLU(), *network), {}),

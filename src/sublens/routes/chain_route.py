@@ -57,6 +57,8 @@ def layers(network: nn.Module, logits: Mapping[str, Tensor], x: Any, chunks: int
         or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
         or modules._global_forward_hooks
         or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
     ):
         return None
     found: list[Layer] = []
@@ -64,19 +66,27 @@ def layers(network: nn.Module, logits: Mapping[str, Tensor], x: Any, chunks: int
         return None
     width = x.shape[1]
     for layer in found:
-        if layer.weight.shape != logits[layer.name].shape or layer.weight.shape[1] != width:
+        scores = logits[layer.name]
+        if layer.weight.shape != scores.shape or layer.weight.shape[1] != width or not _is_plain(scores):
             return None
         width = layer.weight.shape[0]
     return found
 
 
-def _follow(module: nn.Module, prefix: str, found: list[Layer]) -> bool:
+def _follow(module: nn.Module | None, prefix: str, found: list[Layer]) -> bool:
     """Add a module's layers to those found, if that is what it consists of."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    if module is None:
+        return False
+    watched = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    )  # fmt: skip
+    if any(watched) or "forward" in module.__dict__:
         return False
     kind = type(module)
     if kind is nn.Linear:
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if not {"weight", "bias"} <= module._parameters.keys():  # a bias that is a buffer, say
+            return False
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
         if not _is_plain(weight) or not (bias is None or _is_plain(bias)):
             return False
         assert weight is not None
@@ -88,7 +98,7 @@ def _follow(module: nn.Module, prefix: str, found: list[Layer]) -> bool:
         found[-1] = Layer(found[-1].name, found[-1].weight, found[-1].bias, rectified=True)
         return True
     if kind is nn.Sequential:
-        return all(_follow(part, f"{prefix}{name}.", found) for name, part in module._modules.items() if part)
+        return all(_follow(part, f"{prefix}{name}.", found) for name, part in module._modules.items())
     return kind in (nn.Identity, nn.Dropout)
 
 
