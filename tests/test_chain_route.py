@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 import sublens as sl
@@ -231,3 +232,23 @@ def test_a_layer_that_is_replaced_by_another_one_goes_another_way(monkeypatch: p
     assert made == [1]
     monkeypatch.setenv("SUBLENS_KERNELS", "reference")
     torch.testing.assert_close(y, sl.MaskedNetwork(network, samples=2)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, the first time
+def test_forward_derivatives_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = calls(monkeypatch)
+    network = NETWORKS["plain"]()
+    masked, x = after_the_first_call(network)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+
+    def derivative(masked: sl.MaskedNetwork) -> Tensor:
+        masked.step = 0
+        with forward_ad.dual_level():
+            dual = masked(forward_ad.make_dual(x, direction))
+            tangent: Tensor = forward_ad.unpack_dual(dual).tangent.clone()
+        return tangent
+
+    of_chain = derivative(masked)
+    assert made == []
+    monkeypatch.setenv("SUBLENS_KERNELS", "reference")
+    torch.testing.assert_close(of_chain, derivative(sl.MaskedNetwork(network, samples=2)), rtol=1e-4, atol=1e-4)

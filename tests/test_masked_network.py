@@ -684,6 +684,15 @@ def test_logits_start_at_the_keep_probability() -> None:
             torch.testing.assert_close(logits.detach().sigmoid(), torch.full_like(logits, keep))
 
 
+@pytest.mark.parametrize(("name", "value"), [("gate", sl.HardConcrete()), ("batch_dim", 1), ("frozen", False)])
+def test_what_routes_rest_on_is_settled(name: str, value: Any) -> None:
+    masked = sl.MaskedNetwork(nn.Linear(3, 2))
+    before = getattr(masked, name)
+    with pytest.raises(AttributeError, match=name):
+        setattr(masked, name, value)
+    assert getattr(masked, name) is before
+
+
 def test_masking_twice_is_refused() -> None:
     with pytest.raises(SettingError, match="MaskedNetwork already"):
         sl.MaskedNetwork(sl.MaskedNetwork(mlp()))

@@ -97,12 +97,10 @@ class MaskedNetwork(nn.Module):
         self._network = (network,)  # in a tuple, so that its parameters are not ours
         self.samples = samples
         self.seed = seed
-        self.gate = gate if gate is not None else GumbelSigmoid()
-        self.batch_dim = batch_dim
-        self.frozen = frozen
         self.step = 0
         self.first_sample = 0
-        self._routes = Routes(network, self._groupings, self.gate, batch_dim=batch_dim, frozen=frozen)
+        gate = gate if gate is not None else GumbelSigmoid()
+        self._routes = Routes(network, self._groupings, gate, batch_dim=batch_dim, frozen=frozen)
         self._fingerprint = fingerprint(network)
         self._seen_a_gradient = False
         self._penalised = False  # whether the penalty needs the sums of logits
@@ -122,6 +120,21 @@ class MaskedNetwork(nn.Module):
     def network(self) -> nn.Module:
         """The frozen network."""
         return self._network[0]
+
+    @property
+    def gate(self) -> Gate:
+        """The estimator. As the two below, it is settled when the masked network is made."""
+        return self._routes.gate
+
+    @property
+    def batch_dim(self) -> int:
+        """Dimension of the batch in the first tensor that the network is called with."""
+        return self._routes.batch_dim
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights stay as they are."""
+        return self._routes.frozen
 
     @property
     def logits(self) -> dict[str, nn.Parameter]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules import module as modules
 from torch.overrides import _get_current_function_mode_stack
@@ -46,6 +47,7 @@ def layers(network: nn.Module, logits: Mapping[str, Tensor], x: Any, chunks: int
     It is an ``nn.Sequential``, or several in one another, of ``nn.Linear``, ``nn.ReLU`` and what does nothing to
     vectors in evaluation mode. Its weights are what is masked, and nothing watches its modules. ``x`` is a float32
     batch of vectors on the CPU whose size is a multiple of ``chunks``, and if there is an autocast, it is to bfloat16.
+    Nothing is differentiated forwards.
     Gate and logits are looked at by :func:`sublens.routes.linear_route.applies`.
     """
     if (
@@ -55,6 +57,7 @@ def layers(network: nn.Module, logits: Mapping[str, Tensor], x: Any, chunks: int
         or not cpu.applies(x, x)
         or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16)
         or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+        or forward_ad._current_level >= 0
         or modules._global_forward_hooks
         or modules._global_forward_pre_hooks
         or modules._global_backward_hooks

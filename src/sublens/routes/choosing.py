@@ -76,8 +76,8 @@ class Routes:
         self.ids = {name: parameter_id(grouping.owner) for name, grouping in groupings.items()}
         self.factors = factors(network, groupings)
         self.general: dict[Hashable, bool] = {}  # kinds of call seen -> whether they need the general route
-        self._groupings, self._gate = groupings, gate
-        self._batch_dim, self._frozen = batch_dim, frozen
+        self.gate, self.batch_dim, self.frozen = gate, batch_dim, frozen
+        self._groupings = groupings
         self._aliases = tied_names(network)
         self._axes = OutputAxes(network, self._aliases, batch_dim)
         self._chained: bool | None = None  # whether gate and logits, and the network as it was, are for chain_route
@@ -111,11 +111,11 @@ class Routes:
         if sampling.count == 1:
             output = self._whole_batch(sampling, kind_of_call((args, kwargs)), args, kwargs)
             return output if output is not None else self._by_chunk(sampling, 0, args, kwargs)
-        batch = Batch(args, kwargs, self._batch_dim)
+        batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(sampling.count)
         sizes = [stop - start for start, stop in pairwise(bounds)]
         kind, axes = kind_of_call(batch.leaves), self._axes.of(batch, sizes[0])
-        of_leading_batch = self._batch_dim == 0 and batch.size % sampling.count == 0
+        of_leading_batch = self.batch_dim == 0 and batch.size % sampling.count == 0
         if linear_route.per_example(self.network) and of_leading_batch:
             output = self._whole_batch(sampling, kind, args, kwargs)
             if output is not None:
@@ -125,7 +125,7 @@ class Routes:
             return join(outputs, sizes, axes)
 
         def in_chunks(of_chunk: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            of_these = Batch(args, kwargs, self._batch_dim)
+            of_these = Batch(args, kwargs, self.batch_dim)
             parts = [of_chunk(sampling, k, *of_these.part(*span)) for k, span in enumerate(pairwise(bounds))]
             return join(parts, sizes, axes)
 
@@ -138,7 +138,7 @@ class Routes:
     def _by_chain(self, sampling: Sampling, x: Any) -> Tensor | None:
         """The output for a batch by the chain route, or ``None`` where that route does not apply."""
         if self._chained is None:
-            self._chained = self._batch_dim == 0 and self._masks_linear_layers(sampling.logits)
+            self._chained = self.batch_dim == 0 and self._masks_linear_layers(sampling.logits)
         if not self._chained:
             return None
         chain = chain_route.layers(self.network, sampling.logits, x, sampling.count)
@@ -149,7 +149,7 @@ class Routes:
 
     def _masks_linear_layers(self, logits: Mapping[str, Tensor]) -> bool:
         fine = all(grouping.fine for grouping in self._groupings.values())
-        return self._frozen and fine and linear_route.applies(self.network, logits, self._gate)
+        return self.frozen and fine and linear_route.applies(self.network, logits, self.gate)
 
     def _whole_batch(self, sampling: Sampling, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of one call by the linear route, or ``None`` where that route does not apply."""
@@ -273,10 +273,10 @@ class Routes:
     def _by_chunk(self, sampling: Sampling, sample: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The general route: the network's output for one chunk, under one draw of whole masked weights."""
         logits = sampling.logits
-        gates = self._gate.across(logits)
+        gates = self.gate.across(logits)
         redrawing = Redrawing()
         again: dict[int, Callable[[], Tensor]] = {}
-        trained = {} if self._frozen else dict(self.network.named_parameters())
+        trained = {} if self.frozen else dict(self.network.named_parameters())
 
         def put(name: str, weight: Tensor) -> Tensor:
             draw = sampling.draw(self.ids[name], sample)
@@ -294,7 +294,7 @@ class Routes:
                 again[id(gated)] = made
                 return gated
 
-            if name not in self.factors or not self._frozen:
+            if name not in self.factors or not self.frozen:
                 return whole()
             vector, of_outputs = self.factors[name]
             of_each = GroupedGate(gates[grouping.owner], vector)
