@@ -268,18 +268,7 @@ def _on_a_line(count: int) -> np.ndarray:
     return memory[begin : begin + count]
 
 
-class _Scratch(threading.local):
-    """Memory that is used again in every call from the same thread."""
-
-    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def address(self, size: int) -> int:
-        if self.memory.numel() < size:
-            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        return self.memory.data_ptr()
-
-
-_scratch = _Scratch()
+_scratch = threads.Scratch()
 
 
 @dataclass(frozen=True)
@@ -339,7 +328,7 @@ def _run(
     p[loops.WEIGHT], p[loops.LOGITS], p[loops.INPUTS] = weight.data_ptr(), logits.data_ptr(), x.data_ptr()
     p[loops.FIRST], p[loops.PACKED] = first, room.data_ptr()
     p[loops.TURNED] = p[loops.PACKED] + 4 * plan.turned if plan.backward else 0
-    p[loops.SCRATCH] = _scratch.address(plan.scratch)
+    p[loops.SCRATCH] = _scratch.of(plan.scratch).data_ptr()
     cpu.name(p, draw)
     for field, value in fields.items():
         p[field] = value

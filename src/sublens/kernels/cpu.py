@@ -23,7 +23,7 @@ log = logging.getLogger("sublens")
 
 @functools.cache
 def compiled(module: str = "loops") -> Any:
-    """A module of compiled loops: ``"loops"``, ``"linear_loops"``, ``"soft_loops"`` or ``"updates"``."""
+    """A module of compiled loops, such as ``"loops"`` or ``"linear_loops"``."""
     # Imported at first use: Numba takes a second to load, and the first time ever some ten to compile.
     log.info("sublens: loading the fused CPU kernels (the first time on a machine they are compiled, then cached)")
     return importlib.import_module(f"sublens.kernels.{module}")

@@ -9,6 +9,7 @@ the same work; the loops take their share from one atomic counter, so that eithe
 import ctypes
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
@@ -51,6 +52,18 @@ def untraced(function: F) -> F:
         return disabled()(*args, **kwargs) if "torch._dynamo" in sys.modules else function(*args, **kwargs)
 
     return cast(F, call)
+
+
+class Scratch(threading.local):
+    """Memory of a thread that is used again in every call, since the system clears what it hands out anew."""
+
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def of(self, size: int) -> torch.Tensor:
+        """So many bytes, uint8, with what was last written there."""
+        if self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self.memory[:size]
 
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sublens.kernels import blocked, cpu
+from sublens.kernels import blocked, cpu, threads
+from sublens.kernels import cells as cells_of
 from sublens.noise import Draw
 
 
@@ -76,19 +77,22 @@ _AT_ONCE = 2**20
 """Masked recurrent weights that are held at a time; they are those of one sample at least."""
 
 
+_scratch = threads.Scratch()
+
+
 def _parts(source: Source, samples: int) -> Iterator[tuple[slice, Tensor]]:
-    """Samples that are taken together, and their masked weights (k, 4 H, H)."""
-    count = max(1, _AT_ONCE // source.weight.numel())
+    """Samples that are taken together, and their masked weights (k, 4 H, H), until the next ones are asked for."""
+    each = source.weight.numel()
+    count = min(max(1, _AT_ONCE // each), samples)
+    size = 4 * count * each
+    held = _scratch.of(size) if count * each <= _AT_ONCE else torch.empty(size, dtype=torch.uint8, device="cpu")
+    memory = held.view(torch.float32).view(count, *source.weight.shape)
     for first in range(0, samples, count):
         part = slice(first, min(first + count, samples))
-        size = part.stop - part.start
-        masked = torch.empty(size, *source.weight.shape, dtype=torch.float32, device="cpu")
+        masked = memory[: part.stop - part.start]
         draw = replace(source.draw, sample=source.draw.sample + first)
-        cpu.walk(source.weight, source.logits.detach(), draw, masked=masked, samples=size)
+        cpu.walk(source.weight, source.logits.detach(), draw, masked=masked, samples=len(masked))
         yield part, masked
-
-
-_of_sigmoid, _of_tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
 class _Layer(torch.autograd.Function):
@@ -111,17 +115,11 @@ class _Layer(torch.autograd.Function):
         rested = not bool(h.any())  # nothing comes from before the first step, as where no state was given
         for part, recurrent in _parts(on, samples):
             for t in range(steps):
-                a = gates[t, part]
-                if t == 0 and rested:
-                    a.copy_(came[part, t])
-                else:
-                    torch.baddbmm(came[part, t], outputs[t, part], recurrent.mT, out=a)
-                i, f, g, o = a.split(size, -1)
-                a[..., : 2 * size].sigmoid_()
-                g.tanh_()
-                o.sigmoid_()
-                torch.mul(f, cells[t, part], out=cells[t + 1, part]).addcmul_(i, g)
-                torch.mul(o, cells[t + 1, part].tanh(), out=outputs[t + 1, part])
+                source = came[part, t]
+                if t > 0 or not rested:
+                    source = torch.baddbmm(source, outputs[t, part], recurrent.mT, out=gates[t, part])
+                done = (gates[t, part], cells[t, part], cells[t + 1, part], outputs[t + 1, part])
+                cells_of.forward(source, *done)
         ctx.save_for_backward(x, gates, cells, outputs, logits_in, logits_on)
         ctx.into, ctx.on, ctx.rested = into, on, rested
         return outputs[1:].transpose(0, 1).contiguous(), cells[-1].clone()
@@ -131,30 +129,18 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, of_y: Tensor, of_c: Tensor) -> tuple[Tensor | None, ...]:
         x, gates, cells, outputs, logits_in, logits_on = ctx.saved_tensors
         into, on = ctx.into, ctx.on
-        (samples, steps, m, _), size = x.shape, cells.shape[-1]
+        samples, steps, m, _ = x.shape
         of_gates = torch.empty_like(gates)
         of_first = torch.empty_like(cells[0]) if ctx.needs_input_grad[1] else None
-        of_c = of_c.contiguous().clone()
+        of_y, of_c = of_y.contiguous(), of_c.clone(memory_format=torch.contiguous_format)
         for part, recurrent in _parts(on, samples):
-            of_h, of_cell = torch.zeros_like(cells[0, part]), of_c[part]
+            of_h: Tensor | None = None
             for t in reversed(range(steps)):
-                i, f, g, o = gates[t, part].split(size, -1)
-                of_i, of_f, of_g, of_o = of_gates[t, part].split(size, -1)
-                of_h += of_y[part, t]
-                squashed = cells[t + 1, part].tanh()
-                torch.mul(of_h, squashed, out=of_o)
-                of_cell += _of_tanh(of_h.mul_(o), squashed)
-                torch.mul(of_cell, g, out=of_i)
-                torch.mul(of_cell, cells[t, part], out=of_f)
-                torch.mul(of_cell, i, out=of_g)
-                of_cell *= f
-                both, of_both = gates[t, part, :, : 2 * size], of_gates[t, part, :, : 2 * size]
-                _of_sigmoid(of_both, both, grad_input=of_both)
-                _of_sigmoid(of_o, o, grad_input=of_o)
-                _of_tanh(of_g, g, grad_input=of_g)
+                done = (gates[t, part], cells[t, part], cells[t + 1, part])
+                cells_of.backward(of_y[part, t], of_h, *done, of_c[part], of_gates[t, part])
                 if t > 0 or of_first is not None:
                     of_h = torch.bmm(of_gates[t, part], recurrent)
-            if of_first is not None:
+            if of_first is not None and of_h is not None:
                 of_first[part] = of_h
         first = 1 if ctx.rested else 0  # step from which on something came from the one before
         if steps > first:
