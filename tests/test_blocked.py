@@ -63,6 +63,11 @@ def assert_agrees(
     assert of_x is not None
     assert nothing is None
     assert torch.equal(alone, of_logits)
+    expected_of_weight, magnitude_of_weight = torch.zeros(2, height, width).double()
+    of_weight = torch.empty(height, width)
+    options = {"reduced": bool(reduced), "of_weight": of_weight}
+    same = blocked.backward(gradient, x, weight, logits, draw, wants_x=True, **options)  # type: ignore[arg-type]
+    assert same[0] is not None and torch.equal(same[0], of_x) and torch.equal(same[1], of_logits)
     total, magnitude = torch.zeros(height, width).double(), torch.zeros(height, width).double()
     whole = weight
     if reduced:
@@ -75,6 +80,10 @@ def assert_agrees(
         slope = whole.double() * reference.slope(logits, sample_of(draw, k)).double()
         total += grad.T @ inputs * slope
         magnitude += grad.abs().T @ inputs.abs() * slope.abs()
+        is_open = reference.masked(torch.ones(height, width), logits, sample_of(draw, k)).double()
+        expected_of_weight += grad.T @ inputs * is_open
+        magnitude_of_weight += grad.abs().T @ inputs.abs() * is_open
+    assert_near(of_weight, expected_of_weight, magnitude_of_weight, samples * (m + 10), coarse)
     assert_near(of_logits, total, magnitude, samples * (m + 10), coarse)
 
 

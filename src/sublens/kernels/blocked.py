@@ -15,7 +15,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -113,6 +113,7 @@ def backward(
     reduced: bool = False,
     rectified: bool = False,
     rounded: bool = False,
+    of_weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of :func:`forward`, for the same draw.
 
@@ -127,13 +128,15 @@ def backward(
         reduced: as in the forward pass.
         rectified: ``x`` comes from a ReLU, and the gradient is wanted of what went into that.
         rounded: round the gradient of ``x`` to numbers that bfloat16 has.
+        of_weight: (out, in) float32, contiguous: memory for the gradient of the weight, if that is wanted too. It is
+            the sum of the masked weights' gradients where these are open.
 
     Returns:
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
     """
     samples, m, width = x.shape
     if m >= _LONG:
-        of_x, of_logits = _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced)
+        of_x, of_logits = _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced, of_weight)
         if of_x is not None and rectified:
             of_x.masked_fill_(x <= 0, 0)
         if of_x is not None and rounded:
@@ -148,6 +151,7 @@ def backward(
         loops.GRADIENT: gradient.data_ptr(),
         loops.RESULT: of_logits.data_ptr(),
         loops.OF_INPUTS: 0 if of_x is None else of_x.data_ptr(),
+        loops.OF_WEIGHT: 0 if of_weight is None else of_weight.data_ptr(),
     }
     plan = _plan(samples, m, weight.shape[0], width, True, wide, reduced, rectified, rounded, count)
     _run(plan, fields, x, weight, logits, draw, first)
@@ -202,6 +206,7 @@ def _backward_long(
     first: int,
     wants_x: bool,
     reduced: bool,
+    of_weight: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     samples, _, width = x.shape
     of_x, of_logits = torch.zeros_like(x) if wants_x else None, _for_gradient(logits)
@@ -215,6 +220,12 @@ def _backward_long(
         cpu.walk(
             weight, logits, draw, masked=masked, gradient=of_weights, result=of_logits[rows], samples=samples, **where
         )
+        if of_weight is not None:
+            of_weight[rows] = 0
+            for k in range(samples):
+                of_sample, of_block = replace(draw, sample=draw.sample + k), torch.empty_like(of_weights[k])
+                cpu.walk(of_weights[k], logits[rows], of_sample, masked=of_block, before=(first + rows.start) * width)
+                of_weight[rows] += of_block
         if of_x is not None and masked is not None:
             for k in range(samples):
                 if reduced:

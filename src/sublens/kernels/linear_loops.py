@@ -8,7 +8,7 @@ from typing import Any
 
 from numba import carray, cfunc, njit, types
 
-from sublens.kernels.gate_vectors import fold_of, fold_pair_of
+from sublens.kernels.gate_vectors import fold_of, fold_pair_of, masked_of
 from sublens.kernels.halves import masked_halves_of, masked_rows_of, paired_of, rounded_of
 from sublens.kernels.loops import (
     COUNTER,
@@ -51,8 +51,8 @@ _reduced_by_pieces = product_of(PANEL // REGISTER, reduced=True)
 
 INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
 HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
-TURNED, IN_WORD, RECTIFIED, ROUNDED = 29, 30, 31, 32
-LINEAR_FIELDS = 33
+TURNED, IN_WORD, RECTIFIED, ROUNDED, OF_WEIGHT = 29, 30, 31, 32, 33
+LINEAR_FIELDS = 34
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
 OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
 number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
@@ -62,7 +62,7 @@ both begin at 0. IN_WORD is the number of neighbours, along what a product sums 
 is given: 1, or 2 where products are in bfloat16. TURNED is the address of the same rows as at PACKED in words of
 neighbours in a column (the same ones, if IN_WORD is 1), or 0. RECTIFIED is 1 where a ReLU follows the layer (forward)
 or comes before it (backward), else 0. ROUNDED is 1 where outputs (forward), or the gradient of the inputs (backward),
-are rounded to numbers that bfloat16 has, else 0."""
+are rounded to numbers that bfloat16 has, else 0. OF_WEIGHT is the address of the weight's gradient, or 0."""
 
 
 @loop(INT, INT, INT, INT, INT, INT)
@@ -200,9 +200,24 @@ _TILES = _BLOCK + 2 * _APART
 _LIMITS = _TILES + 2 * 4 * ROWS * PANEL
 _DRAWS = _LIMITS + 2 * ROWS * _PITCH
 _HALVES = _DRAWS + 2 * ROWS * _DRAWN  # weights in bfloat16
-MORE = (_HALVES + 2 * ROWS * _PITCH + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
+_OF_WEIGHT = _HALVES + 2 * ROWS * _PITCH
+MORE = (_OF_WEIGHT + 4 * ROWS * _PITCH + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
 """Bytes that are the same for any layer. Then come the outputs of a block of ROWS rows, or the inputs of WIDE columns
 and their gradient: for each row of the chunks' pieces ROWS numbers, or twice WIDE."""
+
+
+@loop(INT, INT, INT)
+def _accumulate(total: Any, numbers: Any, count: Any) -> None:
+    s, x = carray(pointer(total), (count,), f32), carray(pointer(numbers), (count,), f32)
+    for j in range(count):
+        s[j] += x[j]
+
+
+@loop(INT, INT, INT)
+def _copy(out: Any, numbers: Any, count: Any) -> None:
+    o, x = carray(pointer(out), (count,), f32), carray(pointer(numbers), (count,), f32)
+    for j in range(count):
+        o[j] = x[j]
 
 
 @loop(INT, INT, INT, INT, INT, INT, WORDS)
@@ -343,7 +358,7 @@ def _backward(p: Any) -> None:
     inputs = scratch + MORE
     of_inputs = inputs + 4 * samples * whole * wide
     odds, limits, total = scratch + _ODDS, scratch + _LIMITS, scratch + _TOTAL
-    tiles = scratch + _TILES
+    tiles, of_weight = scratch + _TILES, scratch + _OF_WEIGHT
     _pack(p[GRADIENT], height, total, p)
     while True:
         left = take(p.ctypes.data, 1) * wide
@@ -367,6 +382,8 @@ def _backward(p: Any) -> None:
             if in_word == 2 and p[OF_INPUTS] != 0:
                 _round_block(scratch, top, left, rows, size, p)
             fill(total, rows * _PITCH, f32(0.0))
+            if p[OF_WEIGHT] != 0:
+                fill(of_weight, rows * _PITCH, f32(0.0))
             call, calls = 0, samples * ((size + PANEL - 1) // PANEL)
             i = 0
             while i < samples:
@@ -400,6 +417,12 @@ def _backward(p: Any) -> None:
                             fold_pair_of(total + at, tile, other, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
                         else:
                             fold_of(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
+                        if p[OF_WEIGHT] != 0:  # it is that of the masked weights where they are open
+                            limit = limits + 2 * (r * _PITCH + c)
+                            for k in range(together):
+                                own, pattern = tile + 4 * k * ROWS * PANEL, PATTERNS[(sample + k) % PAIR]
+                                masked_of(own, own, drawn, limit, pattern, PANEL)
+                                _accumulate(of_weight + at, own, PANEL)
                 if p[OF_INPUTS] != 0:
                     _mask_block(scratch, sample, together, top, left, rows, size, 1, p)
                     for k in range(i, i + together):
@@ -420,6 +443,8 @@ def _backward(p: Any) -> None:
             for r in range(rows):
                 element = 4 * ((top + r) * across + left)
                 times(p[RESULT] + element, total + 4 * r * _PITCH, p[WEIGHT] + element, size)
+                if p[OF_WEIGHT] != 0:
+                    _copy(p[OF_WEIGHT] + element, of_weight + 4 * r * _PITCH, size)
         if p[OF_INPUTS] != 0:
             for i in range(samples):
                 for first in range(0, chunk, length):
@@ -447,7 +472,7 @@ def backward(address: Any) -> None:
     """Gradients of :func:`forward`, on many threads at once.
 
     GRADIENT is that of the outputs, it and INPUTS (chunk, row, column). Written are RESULT, the gradient of the
-    logits, and, unless it is 0, OF_INPUTS, that of the inputs, or of what these were before they were rectified. A
+    logits, and, unless they are 0, OF_WEIGHT, that of the weight, and OF_INPUTS, that of the inputs, or of what these were before they were rectified. A
     thread takes blocks of WIDE columns and all their rows, so every number is summed by one thread, in one order.
     """
     _backward(carray(address, (LINEAR_FIELDS,), i64))
