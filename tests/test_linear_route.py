@@ -147,6 +147,42 @@ def test_gives_what_the_general_route_gives(name: str, samples: int, monkeypatch
         torch.testing.assert_close(one[2], general[2], rtol=1e-4, atol=1e-6)
 
 
+def run_all(masked: sl.MaskedNetwork, xs: list[Tensor]) -> list[Any]:
+    """What :func:`run` gives for each batch, and the gradients of the weights in the end."""
+    masked.network.zero_grad()
+    found: list[Any] = [run(masked, x) for x in xs]
+    return [*found, {name: parameter.grad for name, parameter in masked.network.named_parameters()}]
+
+
+def assert_biases_and_weights_as_by_the_general_route(
+    network: nn.Module, xs: list[Tensor], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masked = sl.MaskedNetwork(network, keep=0.6, **settings)
+    found = run_all(masked, xs)
+    assert list(masked._routes.general.values()) == [False]
+    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    expected = run_all(sl.MaskedNetwork(network, keep=0.6, **settings), xs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if not settings["frozen"]:
+        # All that is masked is trained (weights always are here), and nothing else.
+        own = {name for name, gradient in found[-1].items() if gradient is not None}
+        assert own and own <= masked.logits.keys()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize(("biases", "frozen"), [(True, True), (False, False), (True, False)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_biases_are_masked_and_weights_trained_as_by_the_general_route(
+    name: str, biases: bool, frozen: bool, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    # Of the longer batch a sample has more rows than the loops take: there PyTorch multiplies.
+    rows = 1040 if name == "chain" else 8
+    x = torch.randn(rows, 6, generator=torch.Generator().manual_seed(3))
+    settings = {"samples": samples, "biases": biases, "frozen": frozen}
+    assert_biases_and_weights_as_by_the_general_route(NETWORKS[name](), [x, x], settings, monkeypatch)
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_transform_within_the_network_is_left_to_the_general_route(samples: int) -> None:
     network, x = Inner(), torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
@@ -384,6 +420,22 @@ def test_attention_goes_the_linear_route_and_gives_what_the_general_one_gives(
         torch.testing.assert_close(one[1], general[1], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(one[2], general[2], rtol=1e-4, atol=1e-5)
     assert len(taken) == before
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize(("biases", "frozen"), [(True, True), (False, False), (True, False)])
+@pytest.mark.parametrize("name", ["itself", "another", "two others", "Transformer"])
+def test_biases_of_attention_are_masked_and_weights_trained_as_by_the_general_route(
+    name: str, biases: bool, frozen: bool, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not with biases that are more keys and values: those are no linear layer's.
+    network = (Attending(name) if name == "another" else ATTENDING[name]()).eval()
+    for own, parameter in network.named_parameters():
+        if own.endswith("bias"):  # attention starts with zeros
+            nn.init.normal_(parameter)
+    xs = [torch.randn(8, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    settings = {"samples": samples, "biases": biases, "frozen": frozen}
+    assert_biases_and_weights_as_by_the_general_route(network, xs, settings, monkeypatch)
 
 
 class Recurrent(nn.Module):
@@ -841,6 +893,23 @@ def test_autocast_and_calls_without_it_are_told_apart() -> None:
     masked(x)
     assert len(masked._routes.general) == 3  # without it, under it, and without it to compare
     assert not any(masked._routes.general.values())
+
+
+def test_why_a_network_goes_the_general_route_can_be_read(caplog: pytest.LogCaptureFixture) -> None:
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.layer.weight.square().sum()
+
+    masked = sl.MaskedNetwork(Squared(), samples=1)
+    with caplog.at_level("INFO", "sublens"):
+        masked(torch.ones(8, 6))
+        masked(torch.ones(8, 6))
+    told = [record.getMessage() for record in caplog.records if "general route" in record.getMessage()]
+    assert len(told) == 1 and "NotLinearError: square" in told[0]
 
 
 def test_a_number_of_another_kind_under_autocast_is_the_networks_own_error() -> None:

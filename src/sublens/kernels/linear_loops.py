@@ -472,7 +472,8 @@ def backward(address: Any) -> None:
     """Gradients of :func:`forward`, on many threads at once.
 
     GRADIENT is that of the outputs, it and INPUTS (chunk, row, column). Written are RESULT, the gradient of the
-    logits, and, unless they are 0, OF_WEIGHT, that of the weight, and OF_INPUTS, that of the inputs, or of what these were before they were rectified. A
-    thread takes blocks of WIDE columns and all their rows, so every number is summed by one thread, in one order.
+    logits, and, unless they are 0, OF_WEIGHT, that of the weight, and OF_INPUTS, that of the inputs, or of what these
+    were before they were rectified. A thread takes blocks of WIDE columns and all their rows, so every number is summed
+    by one thread, in one order.
     """
     _backward(carray(address, (LINEAR_FIELDS,), i64))

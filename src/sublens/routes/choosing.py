@@ -12,6 +12,7 @@ Which one a kind of call can take is found at its first call and remembered.
 """
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,6 +34,8 @@ from sublens.redrawing import Redrawing
 from sublens.routes import chain_route, linear_route
 from sublens.selection import tied_names
 from sublens.splitting import Batch, agree, copied, join, kind_of_call
+
+log = logging.getLogger("sublens")
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Routes:
     def _by_chain(self, sampling: Sampling, x: Any) -> Tensor | None:
         """The output for a batch by the chain route, or ``None`` where that route does not apply."""
         if self._chained is None:
-            self._chained = self.batch_dim == 0 and self._masks_linear_layers(sampling.logits)
+            self._chained = self.batch_dim == 0 and self.frozen and self._masks_linear_layers(sampling.logits)
         if not self._chained:
             return None
         chain = chain_route.layers(self.network, sampling.logits, x, sampling.count)
@@ -149,7 +152,7 @@ class Routes:
 
     def _masks_linear_layers(self, logits: Mapping[str, Tensor]) -> bool:
         fine = all(grouping.fine for grouping in self._groupings.values())
-        return self.frozen and fine and linear_route.applies(self.network, logits, self.gate)
+        return fine and linear_route.applies(self.network, logits, self.gate)
 
     def _whole_batch(self, sampling: Sampling, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of one call by the linear route, or ``None`` where that route does not apply."""
@@ -191,10 +194,14 @@ class Routes:
                 outputs = call(first)
         except linear_route.WidthError:
             return None  # a mistake in this call, which says nothing of others
-        except Exception:
+        except Exception as error:
             # The network, or this kind of call, cannot go this way. The general route decides: if it fails too, its
             # error is the network's own and is the one to be seen.
             self.general[kind] = True
+            log.info(
+                "sublens: calls of this kind go the general route, chunk by chunk under whole masked weights, which is "
+                "slower. On the fast one: %s: %s", type(error).__name__, error
+            )  # fmt: skip
             return None
         self.general[kind] = False
         return outputs
@@ -264,9 +271,11 @@ class Routes:
             return self._by_chunk(sampling, sample, args, kwargs)
 
     def _put(self, sampling: Sampling, chunks: int, sample: int = 0) -> Any:
+        trained = {} if self.frozen else dict(self.network.named_parameters())
+
         def put(name: str, weight: Tensor) -> Tensor:
             draw = sampling.draw(self.ids[name], sample)
-            return linear_route.GatedWeight(sampling.logits[name], weight, draw, chunks)
+            return linear_route.GatedWeight(sampling.logits[name], trained.get(name, weight), draw, chunks)
 
         return put
 

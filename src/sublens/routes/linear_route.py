@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sublens import kernels
 from sublens.gates import Gate
@@ -43,8 +43,11 @@ class WidthError(NotLinearError):
 
 _LINEAR = {
     (nn.Linear, "weight"),
+    (nn.Linear, "bias"),
     (nn.modules.linear.NonDynamicallyQuantizableLinear, "weight"),  # of nn.MultiheadAttention
+    (nn.modules.linear.NonDynamicallyQuantizableLinear, "bias"),
     (nn.MultiheadAttention, "in_proj_weight"),
+    (nn.MultiheadAttention, "in_proj_bias"),
     (nn.MultiheadAttention, "q_proj_weight"),
     (nn.MultiheadAttention, "k_proj_weight"),
     (nn.MultiheadAttention, "v_proj_weight"),
@@ -170,7 +173,7 @@ class GatedWeight(Tensor):
         if func is nn.functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, GatedWeight) and not isinstance(x, GatedWeight):
-                return _linear_and_bias(x, weight.source, bias)
+                return _linear_and_bias(x, weight.source, bias.source if type(bias) is GatedWeight else bias)
         if func is nn.functional.multi_head_attention_forward:
             return cls._attention(args, kwargs)
         if func is torch.lstm:
@@ -224,6 +227,8 @@ def _linear_and_bias(x: Tensor, source: _Source, bias: Any) -> Tensor:
             return _linear_and_bias(x.float(), replace(source, reduced=reduced), bias).to(asked)
     if source.chunks == 0:
         return _outside_vmap(x, source, bias)
+    if isinstance(bias, _Source):
+        return _plus_of_samples(_linear(x, source, None), source, bias)
     within = _bias_within(bias, source)
     y = _linear(x, source, bias if within else None)
     return y if within or bias is None else y + bias
@@ -239,9 +244,11 @@ def _outside_vmap(x: Tensor, source: _Source, bias: Any) -> Tensor:
     if not functorch.is_batchedtensor(x) or len(levels) != 1:
         raise NotLinearError("an input that does not depend on the batch, or a transform within the network")
     level = functorch.maybe_get_level(x)
-    of_each = bias is not None and functorch.is_batchedtensor(bias)  # a bias for each chunk
+    of_each = isinstance(bias, Tensor) and functorch.is_batchedtensor(bias)  # a bias for each chunk
     with temporarily_clear_interpreter_stack():
         values = functorch.get_unwrapped(x).movedim(functorch.maybe_get_bdim(x), 0)
+        if isinstance(bias, _Source):
+            bias = replace(bias, chunks=values.shape[0])
         y = _linear_and_bias(values, replace(source, chunks=values.shape[0]), None if of_each else bias)
     y = functorch._add_batch_dim(y, 0, level)
     return y + bias if of_each else y
@@ -256,6 +263,48 @@ def _bias_within(bias: Any, source: _Source) -> bool:
         and cpu.has_plain_data(bias)
         and bias.is_contiguous()
     )
+
+
+def _plus_of_samples(y: Tensor, source: _Source, bias: _Source) -> Tensor:
+    """What a layer gives plus a bias that is masked too, which is another one in each chunk."""
+    if bias.weight.shape != source.weight.shape[:1]:
+        raise NotLinearError(f"a masked bias of shape {tuple(bias.weight.shape)}")
+    chunks = source.chunks
+    of_samples: Tensor = _Samples.apply(bias.logits, bias.weight, bias.draw, bias.first, chunks)
+    if chunks == 1:
+        return y + of_samples[0]
+    if source.examples:
+        # As _linear has them: attention also multiplies all places of all examples as rows of one matrix.
+        by_chunk = y.reshape(-1, chunks, source.examples // chunks, y.shape[-1])
+        return (by_chunk + of_samples.unsqueeze(1)).view(y.shape)
+    by_chunk = y.view(chunks, -1, y.shape[-1])
+    return (by_chunk + of_samples.unsqueeze(1)).view(y.shape)
+
+
+class _Samples(torch.autograd.Function):
+    """A masked vector (n) under K samples, (K, n)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, weight: Tensor, draw: Draw, first: int, samples: int) -> Tensor:
+        ctx.save_for_backward(logits, weight)
+        ctx.draw, ctx.first = draw, first  # type: ignore[attr-defined]
+        out = weight.new_empty(samples, len(weight))
+        cpu.walk(weight, logits.detach(), draw, masked=out, samples=samples, before=first)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, weight = ctx.saved_tensors
+        of_weight, gradient, samples = None, gradient.contiguous(), len(gradient)
+        of_logits = torch.empty_like(logits)
+        run = {"samples": samples, "before": ctx.first}
+        cpu.walk(weight, logits, ctx.draw, gradient=gradient, result=of_logits, **run)
+        if ctx.needs_input_grad[1]:
+            is_open = torch.empty_like(gradient)
+            cpu.walk(torch.ones_like(weight), logits, ctx.draw, masked=is_open, **run)
+            of_weight = (gradient * is_open).sum(0)
+        return of_logits, of_weight, None, None, None
 
 
 def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
@@ -300,7 +349,9 @@ def _lstm(
     gated = [weight for i, weight in enumerate(weights) if i % each < 2]
     biases = [bias for i, bias in enumerate(weights) if i % each >= 2]
     if not all(type(weight) is GatedWeight for weight in gated) or any(type(bias) is GatedWeight for bias in biases):
-        raise NotLinearError("an LSTM that is masked in part")
+        raise NotLinearError("an LSTM that is masked in part, or whose biases are")
+    if any(weight.source.weight.requires_grad for weight in gated):
+        raise NotLinearError("an LSTM whose weights are trained")
     chunks = gated[0].source.chunks
     examples = x.shape[0 if batch_first else 1]
     if (
@@ -342,10 +393,11 @@ class _LinearOfSamples(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, logits, weight = ctx.saved_tensors
         wants, gradient = ctx.needs_input_grad[0], _in_order(gradient, x.shape[0])
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
         of_x, of_logits = blocked.backward(
-            gradient, x, weight, logits, ctx.draw, ctx.first, wants_x=wants, reduced=ctx.reduced
+            gradient, x, weight, logits, ctx.draw, ctx.first, wants_x=wants, reduced=ctx.reduced, of_weight=of_weight
         )
-        return None if of_x is None else of_x.view(ctx.shape), of_logits, None, None, None, None, None, None
+        return None if of_x is None else of_x.view(ctx.shape), of_logits, of_weight, None, None, None, None, None
 
 
 def _in_order(x: Tensor, chunks: int) -> Tensor:
