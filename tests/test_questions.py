@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from sublens import questions
 from sublens.analysis import accuracies, interrogate
 from sublens.answers import Answer, Bars, Histogram, Lines, Matrix, Picture
 from sublens.mask import Mask, fingerprint
-from sublens.questions import BINS, Found, ask, keep_histogram
+from sublens.questions import BINS, Found, ask, asking, keep_histogram
 from sublens.study import Asked, Study, Task
 
 
@@ -59,7 +58,7 @@ def answers(both: tuple[Asked, Found]) -> dict[str, Answer]:
 
 
 def test_every_question_is_answered_and_the_same_again(both: Any, answers: dict[str, Answer]) -> None:
-    assert list(answers) == list(questions._QUESTIONS)
+    assert list(answers) == list(asking._QUESTIONS)
     assert ask(*both) == answers
     for name, answer in answers.items():
         assert Answer.from_json(json.loads(json.dumps(answer.as_json(), allow_nan=False))) == answer, name
@@ -152,7 +151,7 @@ def test_gates_are_counted_in_equal_bins(answers: dict[str, Answer]) -> None:
 def test_many_tasks_are_put_together_and_no_random_masks_leave_the_checks_out() -> None:
     asked, found = asked_of(["a", "b", "c", "d", "e"], random_masks=0)
     answers = ask(asked, found)
-    assert set(answers) == set(questions._QUESTIONS) - {"minimality", "completeness", "layers"}
+    assert set(answers) == set(asking._QUESTIONS) - {"minimality", "completeness", "layers"}
     bars, picture = answers["accuracy"].figures[0], answers["weights"].figures[0]
     assert isinstance(bars, Bars) and isinstance(picture, Picture)
     assert len(bars.series) == 2
