@@ -61,6 +61,21 @@ def test_a_step_and_its_gradient_are_those_of_float64(
     torch.testing.assert_close(of_before.double(), c.grad, rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e-3, 0.1, 1.0, 3.0])
+def test_small_numbers_are_as_precise_as_large_ones(scale: float) -> None:
+    x = scale * torch.linspace(-1, 1, 999)
+    # With f shut, and i and o open, a cell is tanh of what goes into g, and an output is tanh of that.
+    source = torch.cat([torch.full_like(x, 80.0), torch.full_like(x, -80.0), x, torch.full_like(x, 80.0)])
+    before = torch.zeros(1, 1, 999)
+    gates, after, outputs = step(source.view(1, 1, -1), before)
+    torch.testing.assert_close(after.flatten().double(), x.double().tanh(), rtol=4e-7, atol=0)
+    torch.testing.assert_close(outputs.flatten().double(), x.double().tanh().tanh(), rtol=8e-7, atol=0)
+    of_cells, of_gates = torch.zeros(1, 1, 999), torch.empty(1, 1, 4 * 999)
+    cells.backward(torch.full_like(before, scale), None, gates, before, after, of_cells, of_gates)
+    slope = scale * (1 - x.double().tanh() ** 2) * (1 - x.double().tanh().tanh() ** 2)
+    torch.testing.assert_close(of_gates[0, 0, 2 * 999 : 3 * 999].double(), slope, rtol=1e-5, atol=1e-6 * scale)
+
+
 @pytest.mark.parametrize("size", [1, 64])
 def test_what_is_far_out_is_at_its_limit_and_nan_stays_nan(size: int) -> None:
     for value in (-1e30, -100.0, 100.0, float("inf"), float("nan")):

@@ -759,7 +759,8 @@ def test_an_input_of_another_width_is_an_error_and_changes_nothing(
         with pytest.raises(RuntimeError, match="cannot be multiplied"):
             masked(wrong)
         masked(right)
-        assert list(masked._routes.general.values()) == [False], f"call {attempt} sent later calls the slow way"
+        fast = masked._routes._chained or list(masked._routes.general.values()) == [False]
+        assert fast, f"call {attempt} sent later calls the slow way"
 
 
 class Biased(nn.Module):
@@ -895,21 +896,154 @@ def test_autocast_and_calls_without_it_are_told_apart() -> None:
     assert not any(masked._routes.general.values())
 
 
-def test_why_a_network_goes_the_general_route_can_be_read(caplog: pytest.LogCaptureFixture) -> None:
-    class Squared(nn.Module):
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.layer.weight.square().sum()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("make", "samples", "rows", "why"),
+    [
+        (Squared, 1, 8, "NotLinearError: square"),
+        (Squared, 2, 8, "NotLinearError: square"),
+        (lambda: nn.Conv1d(6, 4, 1), 1, 8, "not all that is masked"),
+        (lambda: Looks(), 2, 9, "not a multiple"),
+        (lambda: LooksAndMixes(), 2, 8, "each by itself"),
+    ],
+)
+def test_why_a_network_goes_the_general_route_can_be_read(
+    make: Callable[[], nn.Module], samples: int, rows: int, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    masked = sl.MaskedNetwork(make(), samples=samples)
+    x = torch.ones(rows, 6, 1) if isinstance(masked.network, nn.Conv1d) else torch.ones(rows, 6)
+    with caplog.at_level("INFO", "sublens"):
+        for _ in range(2):
+            masked(x)
+    told = [record.getMessage() for record in caplog.records if "general route" in record.getMessage()]
+    assert len(told) == 1 and why in told[0]
+
+
+def test_of_a_network_that_goes_a_fast_route_in_the_end_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    masked = sl.MaskedNetwork(Looks(), samples=2)  # not by vmap, but on trial
+    with caplog.at_level("INFO", "sublens"):
+        for _ in range(2):
+            masked(torch.randn(8, 6))
+    assert routes(masked) == [False]
+    assert not [record for record in caplog.records if "general route" in record.getMessage()]
+
+
+def test_after_a_mistake_in_one_call_the_next_goes_the_fast_route() -> None:
+    masked = sl.MaskedNetwork(chain(nn.Tanh()), samples=2)
+    with pytest.raises(RuntimeError):
+        masked(torch.ones(8, 6, dtype=torch.float64))
+    masked(torch.ones(8, 6))
+    assert set(masked._routes.general.values()) == {False}
+
+
+def swapped(name: str, masked: sl.MaskedNetwork, x: Tensor) -> Tensor:
+    """Output and with weights or logits in another order."""
+    turned = {key: logits.detach().t().contiguous().t() for key, logits in masked.logits.items()}
+    if name == "functional_call":
+        return torch.func.functional_call(masked, {f"logits_tree.{key}": t for key, t in turned.items()}, (x,))
+    if name == "assign":
+        masked.load_state_dict({f"logits_tree.{key}": t for key, t in turned.items()}, assign=True)
+    else:
+        weight = masked.network.get_parameter("0.weight")
+        weight.data = weight.detach().t().contiguous().t()
+    return masked(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["functional_call", "assign", "data"])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_weights_and_logits_that_come_to_lie_in_another_order(activation: type[nn.Module], name: str) -> None:
+    network = nn.Sequential(nn.Linear(6, 6), activation(), nn.Linear(6, 6))
+    masked, x = sl.MaskedNetwork(network, samples=2), torch.randn(8, 6)
+    with torch.no_grad():
+        for logits in masked.logits.values():
+            logits.normal_()
+    expected = masked(x)
+    masked(x)
+    masked.step = 0
+    torch.testing.assert_close(swapped(name, masked, x), expected)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_network_that_was_cast_behind_our_back_is_an_error(frozen: bool) -> None:
+    network = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False))
+    masked = sl.MaskedNetwork(network, samples=2, frozen=frozen)
+    masked(torch.ones(8, 6))
+    network.double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        masked(torch.ones(8, 6))
+
+
+def test_a_bias_of_another_kind_in_an_lstm_is_pytorchs_error() -> None:
+    network = nn.LSTM(6, 5, batch_first=True)
+    network.bias_ih_l0.data = network.bias_ih_l0.data.double()
+    with pytest.raises((RuntimeError, ValueError)):
+        sl.MaskedNetwork(network, samples=1)(torch.ones(8, 3, 6))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_a_gradient_may_be_penalised(
+    activation: type[nn.Module], frozen: bool, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 12), activation(), nn.Linear(12, 9), activation(), nn.Linear(9, 3))
+    x = torch.randn(8, 6)
+
+    def gradients() -> list[Tensor | None]:
+        network.zero_grad()
+        masked = sl.MaskedNetwork(network, samples=samples, keep=0.6, frozen=frozen)
+        masked(x)
+        y = masked(at := x.clone().requires_grad_())
+        (of_x,) = torch.autograd.grad(y.square().sum(), at, create_graph=True)
+        (y.square().sum() + of_x.square().sum()).backward()
+        return [logits.grad for logits in masked.logits.values()] + [weight.grad for weight in network.parameters()]
+
+    found = gradients()
+    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    torch.testing.assert_close(found, gradients(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+def test_whoever_watches_backward_passes_sees_chunks(samples: int) -> None:
+    network, seen = chain(nn.Tanh()), []
+    network[1].register_full_backward_hook(lambda module, of_inputs, of_outputs: seen.append(of_inputs[0].shape))
+    run(sl.MaskedNetwork(network, samples=samples), torch.randn(8, 6))
+    assert seen == [(8 // samples, 12)] * samples
+
+
+def test_a_weight_that_the_network_asks_about_learns() -> None:
+    class Asks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(6, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x) + self.layer.weight.square().sum()
+            return self.layer(x) * (2 if self.layer.weight.requires_grad else 1)  # type: ignore[no-any-return]
 
-    masked = sl.MaskedNetwork(Squared(), samples=1)
-    with caplog.at_level("INFO", "sublens"):
-        masked(torch.ones(8, 6))
-        masked(torch.ones(8, 6))
-    told = [record.getMessage() for record in caplog.records if "general route" in record.getMessage()]
-    assert len(told) == 1 and "NotLinearError: square" in told[0]
+    masked = sl.MaskedNetwork(Asks(), samples=1)
+    x = torch.randn(8, 6)
+    learning = masked(x)
+    masked.step = 0
+    with torch.no_grad():
+        torch.testing.assert_close(learning.detach(), 2 * masked(x))
+
+
+def test_a_weight_of_an_lstm_that_changes_before_the_backward_pass_is_noticed() -> None:
+    network = nn.LSTM(6, 5, batch_first=True)
+    y = sl.MaskedNetwork(network, samples=1)(torch.randn(8, 3, 6))[0]
+    with torch.no_grad():
+        network.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_a_number_of_another_kind_under_autocast_is_the_networks_own_error() -> None:

@@ -334,6 +334,10 @@ class MaskedNetwork(nn.Module):
         super()._apply(move, recurse)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no part in a graph that is under way.
+        return {**self.__dict__, "_sums": None, "_bounded": None}
+
     def __repr__(self) -> str:
         """One line: the modules that hold the logits are as many as the network's, and say nothing."""
         return f"{type(self).__name__}({self.extra_repr()})"

@@ -29,11 +29,21 @@ def _sigmoid(x: Any) -> Any:
     return f32(1.0) / (f32(1.0) + exp_of(-x))
 
 
+# tanh(x) / x - 1 over x^2, as a polynomial of x^2: fitted for |x| <= 5/8, where it leaves an error of 5e-9 of tanh.
+_T4, _T3, _T2, _T1, _T0 = map(
+    f32, (-0.0057049826718866825, 0.02063908241689205, -0.05373971536755562, 0.13331441581249237, -0.3333328068256378)
+)
+
+
 @njit(error_model="numpy", inline="always")
 def _tanh(x: Any) -> Any:
-    x = f32(-20.0) if x < f32(-20.0) else x  # it is -1 or 1 there
-    x = f32(20.0) if x > f32(20.0) else x
-    return f32(1.0) - f32(2.0) / (f32(1.0) + exp_of(x + x))
+    """tanh(x) to some 2e-7 of it, also where x is small: what follows may be, too."""
+    z = x * x
+    near = x + x * z * ((((_T4 * z + _T3) * z + _T2) * z + _T1) * z + _T0)
+    y = f32(-20.0) if x < f32(-20.0) else x  # it is -1 or 1 there
+    y = f32(20.0) if y > f32(20.0) else y
+    far = f32(1.0) - f32(2.0) / (f32(1.0) + exp_of(y + y))
+    return near if z < f32(0.390625) else far
 
 
 # One plain loop for each thing that is written, in place or to a place of its own: only so does LLVM make vectors.

@@ -22,6 +22,7 @@ from torch.utils._device import DeviceContext
 
 from sublens.kernels import blocked, cpu
 from sublens.noise import Draw
+from sublens.routes import linear_route
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,8 @@ def layers(network: nn.Module, logits: Mapping[str, Tensor], x: Any, chunks: int
         or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16)
         or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
         or forward_ad._current_level >= 0
-        or modules._global_forward_hooks
         or modules._global_forward_pre_hooks
-        or modules._global_backward_hooks
-        or modules._global_backward_pre_hooks
+        or linear_route.hooked_everywhere()
     ):
         return None
     found: list[Layer] = []
@@ -80,10 +79,7 @@ def _follow(module: nn.Module | None, prefix: str, found: list[Layer]) -> bool:
     """Add a module's layers to those found, if that is what it consists of."""
     if module is None:
         return False
-    watched = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    )  # fmt: skip
-    if any(watched) or "forward" in module.__dict__:
+    if linear_route.hooked(module) or "forward" in module.__dict__:
         return False
     kind = type(module)
     if kind is nn.Linear:
@@ -161,12 +157,18 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         chain, saved, count = ctx.chain, ctx.saved_tensors, len(ctx.chain)
         of_logits: list[Tensor | None] = [None] * count
-        of_x: Tensor | None = gradient.contiguous().view(*saved[0].shape[:2], -1)
+        of_x: Tensor | None = gradient.resolve_neg().contiguous().view(*saved[0].shape[:2], -1)
         for i in reversed(range(count)):
             assert of_x is not None
+            wants, inner = i > 0 or ctx.needs_input_grad[0], i > 0
+            x, scores, weight, draw = saved[i], saved[count + i], saved[2 * count + i].detach(), ctx.draws[i]
+            rectified, rounded = inner and chain[i - 1].rectified, inner and ctx.rounded
+            if wants and torch.is_grad_enabled():  # a graph of the gradient is asked for
+                of_x, of_logits[i] = linear_route.Gradients.apply(of_x, x, weight, scores, draw, 0, ctx.reduced, None)
+                of_x = of_x.bfloat16().float() if rounded else of_x
+                of_x = of_x * (x > 0) if rectified else of_x
+                continue
             of_x, of_logits[i] = blocked.backward(
-                of_x, saved[i], saved[2 * count + i], saved[count + i], ctx.draws[i],
-                wants_x=i > 0 or ctx.needs_input_grad[0], reduced=ctx.reduced,
-                rectified=i > 0 and chain[i - 1].rectified, rounded=i > 0 and ctx.rounded,
-            )  # fmt: skip
+                of_x, x, weight, scores, draw, wants_x=wants, reduced=ctx.reduced, rectified=rectified, rounded=rounded
+            )
         return None if of_x is None else of_x.view(-1, of_x.shape[-1]), None, None, None, None, *of_logits

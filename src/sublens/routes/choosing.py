@@ -83,6 +83,8 @@ class Routes:
         self._groupings = groupings
         self._aliases = tied_names(network)
         self._axes = OutputAxes(network, self._aliases, batch_dim)
+        self._why: str | None = None  # a call does not go a faster route
+        self._told: set[str] = set()
         self._chained: bool | None = None  # whether gate and logits, and the network as it was, are for chain_route
 
     def forget(self) -> None:
@@ -113,7 +115,9 @@ class Routes:
                 return output
         if sampling.count == 1:
             output = self._whole_batch(sampling, kind_of_call((args, kwargs)), args, kwargs)
-            return output if output is not None else self._by_chunk(sampling, 0, args, kwargs)
+            if output is not None:
+                return output
+            return self._generally(partial(self._by_chunk, sampling, 0, args, kwargs))
         batch = Batch(args, kwargs, self.batch_dim)
         bounds = batch.bounds(sampling.count)
         sizes = [stop - start for start, stop in pairwise(bounds)]
@@ -136,7 +140,24 @@ class Routes:
             output = self._on_trial(sampling, kind, args, kwargs, in_chunks)
             if output is not None:
                 return output
-        return in_chunks(self._by_chunk, args, kwargs)
+        if batch.size % sampling.count:
+            self._why = "the number of examples is not a multiple of that of samples"
+        return self._generally(partial(in_chunks, self._by_chunk, args, kwargs))
+
+    def _generally(self, run: Callable[[], Any]) -> Any:
+        """What ``run`` gives, which goes the general route; say why, once for each reason."""
+        if self._why is not None and self._why not in self._told:
+            self._told.add(self._why)
+            log.info(
+                "sublens: a training call goes the general route, chunk by chunk under whole masked weights, which is "
+                f"slower. Why not a faster one: {self._why}."
+            )
+        self._why = None
+        try:
+            return run()
+        except Exception:
+            self.forget()  # a mistake in this call says nothing of others
+            raise
 
     def _by_chain(self, sampling: Sampling, x: Any) -> Tensor | None:
         """The output for a batch by the chain route, or ``None`` where that route does not apply."""
@@ -186,22 +207,21 @@ class Routes:
         kind = _with_precision(kind)
         first = kind not in self.general
         if first and not self._masks_linear_layers(sampling.logits):
+            self._why = "not all that is masked are float32 weights of linear layers, attention or LSTMs on the CPU"
             self.general[kind] = True
         if self.general.get(kind):
             return None
         try:
             with recomputation.refused():
                 outputs = call(first)
-        except linear_route.WidthError:
-            return None  # a mistake in this call, which says nothing of others
+        except linear_route.CallError as error:
+            self._why = str(error)
+            return None
         except Exception as error:
             # The network, or this kind of call, cannot go this way. The general route decides: if it fails too, its
             # error is the network's own and is the one to be seen.
             self.general[kind] = True
-            log.info(
-                "sublens: calls of this kind go the general route, chunk by chunk under whole masked weights, which is "
-                "slower. On the fast one: %s: %s", type(error).__name__, error
-            )  # fmt: skip
+            self._why = f"{type(error).__name__}: {error}"
             return None
         self.general[kind] = False
         return outputs
@@ -229,6 +249,7 @@ class Routes:
         key = _with_precision(trial)  # another one under autocast, where the trial itself is without
         known = key in self.general
         if not known and linear_route.watched(self.network):
+            self._why = "hooks watch the network"
             self.general[key] = True
         if self.general.get(key):
             return None
@@ -252,6 +273,7 @@ class Routes:
             return output
         torch.set_rng_state(state)
         if not known:
+            self._why = "the network does not treat the examples of a batch each by itself, or not to rounding"
             return None  # this first call was made on copies
         warnings.warn(
             f"In training call {step + 1} the network does not treat the examples of a batch each by itself, which "

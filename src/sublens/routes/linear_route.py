@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.modules import module as modules
 
-from sublens import kernels
+from sublens import kernels, recomputation
 from sublens.gates import Gate
-from sublens.kernels import blocked, cpu
+from sublens.kernels import blocked, cells, cpu
 from sublens.noise import Draw
 from sublens.routes import recurrent_route
 from sublens.splitting import Batch, Rebuild, flatten
@@ -37,8 +38,12 @@ class NotLinearError(Exception):
     """A masked weight was used otherwise than by a linear layer; the general route takes over."""
 
 
-class WidthError(NotLinearError):
-    """An input is not as wide as the weight it meets. The general route fails too, with the network's own error."""
+class CallError(NotLinearError):
+    """Something of this call only, which says nothing of others.
+
+    An input is not as wide as the weight it meets (the general route fails too, with the network's own error), or
+    weights or logits are not float32 numbers in order, since somebody has put others in their place.
+    """
 
 
 _LINEAR = {
@@ -94,7 +99,7 @@ def per_example(network: nn.Module) -> bool:
     """
 
     def acts_alone(module: nn.Module) -> bool:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        if hooked(module) or "forward" in module.__dict__:
             return False
         if type(module) is nn.Sequential:
             return all(acts_alone(part) for part in module)
@@ -104,17 +109,38 @@ def per_example(network: nn.Module) -> bool:
             return module.start_dim == 1
         return type(module) in _BY_EXAMPLE
 
-    return type(network) is nn.Sequential and acts_alone(network)
+    return type(network) is nn.Sequential and not hooked_everywhere() and acts_alone(network)
 
 
 def vectorised(network: nn.Module) -> bool:
-    """Whether :func:`torch.func.vmap` takes the network without loops: it has no rules for attention and LSTMs."""
-    return not any(isinstance(module, nn.MultiheadAttention | nn.LSTM) for module in network.modules())
+    """Whether :func:`torch.func.vmap` takes the network without loops, and each chunk is seen by whoever watches it.
+
+    It has no rules for attention and LSTMs, and hooks of backward passes would see the gradients of all chunks at once.
+    """
+    return not (modules._global_backward_hooks or modules._global_backward_pre_hooks) and not any(
+        isinstance(module, nn.MultiheadAttention | nn.LSTM) or module._backward_hooks or module._backward_pre_hooks
+        for module in network.modules()
+    )
 
 
 def watched(network: nn.Module) -> bool:
     """Whether hooks watch a part of the network: they would see calls that serve to compare two routes."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    return hooked_everywhere() or any(map(hooked, network.modules()))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks watch the calls of a module, or their backward passes."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def hooked_everywhere() -> bool:
+    """Whether hooks watch the calls of all modules, or their backward passes. Our own, in first calls, do not count."""
+    if modules._global_backward_hooks or modules._global_backward_pre_hooks or modules._global_forward_hooks:
+        return True
+    hooks = modules._global_forward_pre_hooks.values()
+    return any(getattr(hook, "__module__", None) != recomputation.__name__ for hook in hooks)
 
 
 def is_compiled(network: nn.Module) -> bool:
@@ -158,12 +184,19 @@ class GatedWeight(Tensor):
             chunks: number K of chunks that lie one after the other in the first dimension of the inputs, or 0 where
                 there is a dimension of chunks under :func:`torch.func.vmap`.
         """
+        for given in (logits, weight):
+            # Looked at in each call: loops read whatever lies at an address.
+            if not cpu.has_plain_data(given) or not given.is_contiguous() or given.shape != weight.shape:
+                raise CallError(f"{type(given).__name__} of {given.dtype}, shape {tuple(given.shape)}, in other order")
         return cls._of(_Source(logits, weight, draw, chunks))
 
     @classmethod
     def _of(cls, source: _Source) -> "GatedWeight":
         weight = source.weight
-        made = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+        learns = torch.is_grad_enabled() and (source.logits.requires_grad or weight.requires_grad)
+        made = Tensor._make_wrapper_subclass(
+            cls, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=learns
+        )
         made.source = source
         return made
 
@@ -296,20 +329,20 @@ class _Samples(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, weight = ctx.saved_tensors
-        of_weight, gradient, samples = None, gradient.contiguous(), len(gradient)
+        of_weight, gradient, samples = None, gradient.resolve_neg().contiguous(), len(gradient)
         of_logits = torch.empty_like(logits)
         run = {"samples": samples, "before": ctx.first}
         cpu.walk(weight, logits, ctx.draw, gradient=gradient, result=of_logits, **run)
         if ctx.needs_input_grad[1]:
             is_open = torch.empty_like(gradient)
             cpu.walk(torch.ones_like(weight), logits, ctx.draw, masked=is_open, **run)
-            of_weight = (gradient * is_open).sum(0)
+            of_weight = torch.where(is_open != 0, gradient, 0).sum(0)
         return of_logits, of_weight, None, None, None
 
 
 def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
     if x.shape[-1:] != source.weight.shape[1:]:
-        raise WidthError(f"an input of shape {tuple(x.shape)} for a weight of {tuple(source.weight.shape)}")
+        raise CallError(f"an input of shape {tuple(x.shape)} for a weight of {tuple(source.weight.shape)}")
     rest = (source.logits, source.weight, source.draw, source.first, source.reduced, source.chunks, bias)
     if x.dtype != torch.float32 or x.numel() == 0:
         raise NotLinearError(f"an input of {x.dtype} and shape {tuple(x.shape)}")
@@ -352,12 +385,14 @@ def _lstm(
         raise NotLinearError("an LSTM that is masked in part, or whose biases are")
     if any(weight.source.weight.requires_grad for weight in gated):
         raise NotLinearError("an LSTM whose weights are trained")
+    if not cells.agrees():
+        raise NotLinearError("an LSTM, whose loops do not give PyTorch's outputs on this machine")
     chunks = gated[0].source.chunks
     examples = x.shape[0 if batch_first else 1]
     if (
         chunks == 0
         or examples % chunks
-        or any(part.dtype != torch.float32 or part.numel() == 0 for part in (x, *state))
+        or any(part.dtype != torch.float32 or part.numel() == 0 for part in (x, *state, *biases))
     ):
         raise NotLinearError(f"{examples} examples for {chunks} chunks, of {x.dtype}")
     each_chunk = (chunks, examples // chunks)
@@ -394,15 +429,51 @@ class _LinearOfSamples(torch.autograd.Function):
         x, logits, weight = ctx.saved_tensors
         wants, gradient = ctx.needs_input_grad[0], _in_order(gradient, x.shape[0])
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
-        of_x, of_logits = blocked.backward(
-            gradient, x, weight, logits, ctx.draw, ctx.first, wants_x=wants, reduced=ctx.reduced, of_weight=of_weight
-        )
+        of_x: Tensor | None
+        if wants and torch.is_grad_enabled():
+            of_x, of_logits = Gradients.apply(gradient, x, weight, logits, ctx.draw, ctx.first, ctx.reduced, of_weight)
+        else:
+            of_x, of_logits = blocked.backward(
+                gradient, x, weight, logits, ctx.draw, ctx.first, wants_x=wants, reduced=ctx.reduced,
+                of_weight=of_weight,
+            )  # fmt: skip
         return None if of_x is None else of_x.view(ctx.shape), of_logits, of_weight, None, None, None, None, None
+
+
+class Gradients(torch.autograd.Function):
+    """What :func:`blocked.backward` gives, where a graph of it is asked for, as to penalise a gradient.
+
+    The inputs' gradient is a product with the same masked weights, so it can be differentiated once more. Those of
+    logits and weights cannot, as on the general route.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, reduced: bool,
+        of_weight: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        ctx.save_for_backward(gradient, weight, logits)
+        ctx.named = (draw, first)
+        of_x, of_logits = blocked.backward(
+            gradient, x, weight, logits.detach(), draw, first, wants_x=True, reduced=reduced, of_weight=of_weight
+        )
+        ctx.mark_non_differentiable(of_logits)
+        return of_x, of_logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        came, weight, logits = ctx.saved_tensors
+        gradient = gradient.resolve_neg().contiguous()
+        of_came = blocked.forward(gradient, weight, logits, *ctx.named)
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
+        of_logits = blocked.backward(came, gradient, weight, logits, *ctx.named, wants_x=False, of_weight=of_weight)[1]
+        return of_came, None, of_weight, of_logits, None, None, None, None
 
 
 def _in_order(x: Tensor, chunks: int) -> Tensor:
     """(..., n), whose first dimension holds the chunks, as (K, rows, n), contiguous."""
-    return x.reshape(chunks, -1, x.shape[-1]).contiguous()
+    return x.resolve_neg().reshape(chunks, -1, x.shape[-1]).contiguous()
 
 
 def over_chunks(call: Callable[..., Any], batch: Batch, chunks: int, *, copy: bool) -> list[Any]:

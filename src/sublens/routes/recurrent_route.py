@@ -54,7 +54,7 @@ def lstm(
         outputs = []
         for number in range(first, first + directions):
             into, on = sources[2 * number : 2 * number + 2]
-            bias = biases[2 * number] + biases[2 * number + 1] if biases else None
+            bias = (biases[2 * number] + biases[2 * number + 1]).contiguous() if biases else None
             backwards = number > first
             y, c = _Layer.apply(
                 x.flip(1) if backwards else x,
@@ -120,19 +120,21 @@ class _Layer(torch.autograd.Function):
                     source = torch.baddbmm(source, outputs[t, part], recurrent.mT, out=gates[t, part])
                 done = (gates[t, part], cells[t, part], cells[t + 1, part], outputs[t + 1, part])
                 cells_of.forward(source, *done)
-        ctx.save_for_backward(x, gates, cells, outputs, logits_in, logits_on)
+        # The weights too, so that a change of theirs before the backward pass is noticed.
+        ctx.save_for_backward(x, gates, cells, outputs, logits_in, logits_on, into.weight, on.weight)
         ctx.into, ctx.on, ctx.rested = into, on, rested
-        return outputs[1:].transpose(0, 1).contiguous(), cells[-1].clone()
+        # A copy of its own also of one step: autograd would forbid the network to change a view in place.
+        return outputs[1:].transpose(0, 1).clone(memory_format=torch.contiguous_format), cells[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_y: Tensor, of_c: Tensor) -> tuple[Tensor | None, ...]:
-        x, gates, cells, outputs, logits_in, logits_on = ctx.saved_tensors
+        x, gates, cells, outputs, logits_in, logits_on, *_ = ctx.saved_tensors
         into, on = ctx.into, ctx.on
         samples, steps, m, _ = x.shape
         of_gates = torch.empty_like(gates)
         of_first = torch.empty_like(cells[0]) if ctx.needs_input_grad[1] else None
-        of_y, of_c = of_y.contiguous(), of_c.clone(memory_format=torch.contiguous_format)
+        of_y, of_c = of_y.resolve_neg().contiguous(), of_c.resolve_neg().clone(memory_format=torch.contiguous_format)
         for part, recurrent in _parts(on, samples):
             of_h: Tensor | None = None
             for t in reversed(range(steps)):
