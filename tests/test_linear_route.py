@@ -1037,6 +1037,30 @@ def test_a_weight_that_the_network_asks_about_learns() -> None:
         torch.testing.assert_close(learning.detach(), 2 * masked(x))
 
 
+def test_what_an_lstm_of_one_step_gives_may_be_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = nn.LSTM(6, 5, batch_first=True), torch.randn(4, 1, 6)
+    found = []
+    for general in (False, True):
+        with monkeypatch.context() as patch:
+            if general:
+                patch.setattr(linear_route, "applies", lambda *args: False)
+            masked = sl.MaskedNetwork(network, samples=2)
+            y = masked(x)[0].mul_(2)
+            y.square().sum().backward()
+            found.append([y.detach(), *(logits.grad for logits in masked.logits.values())])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_an_infinite_gradient_does_not_reach_a_bias_that_is_closed() -> None:
+    torch.manual_seed(0)
+    masked = sl.MaskedNetwork(nn.Linear(6, 4), samples=1, keep=0.5, biases=True, frozen=False)
+    for _ in range(4):  # among 16 gates some are closed
+        masked(torch.ones(2, 6)).sum().mul(float("inf")).backward()
+        gradient = masked.network.bias.grad
+        assert isinstance(gradient, Tensor) and not gradient.isnan().any()
+        masked.network.zero_grad()
+
+
 def test_a_weight_of_an_lstm_that_changes_before_the_backward_pass_is_noticed() -> None:
     network = nn.LSTM(6, 5, batch_first=True)
     y = sl.MaskedNetwork(network, samples=1)(torch.randn(8, 3, 6))[0]

@@ -521,6 +521,17 @@ def test_a_copy_stands_on_its_own(make: Any) -> None:
     assert twin.network is not masked.network
 
 
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
+def test_a_copy_may_be_made_after_a_step(make: Any) -> None:
+    masked, x = sl.MaskedNetwork(mlp(), seed=4), normal(8, 6)
+    for _ in range(2):
+        (masked(x).sum() + masked.penalty(0.1)).backward()
+        masked(x).sum()  # the sums of the logits are in the graph of a call whose penalty was not asked for
+    twin = make(masked)
+    torch.testing.assert_close(twin.penalty(0.1), masked.penalty(0.1))
+    assert torch.equal(twin(x), masked(x))
+
+
 class Awkward(nn.Module):
     """Names that collide when they are joined, and that a module of ours might want for itself."""
 
