@@ -220,3 +220,12 @@ def test_module_is_the_command():
     process = in_a_process("--version", env={**os.environ})
     assert process.communicate(timeout=60)[0] == "sublens 0.1.0\n"
     assert process.returncode == 0
+
+
+def test_it_is_said_once_that_loops_are_compiled(study):
+    process = in_a_process("inspect", study)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    told = [line for line in errors.splitlines() if "compiled" in line]
+    assert len(told) == 1
+    assert told[0].startswith("sublens: loading the fused CPU kernels")

@@ -572,6 +572,18 @@ def test_a_slow_run_shows_a_line_every_ten_seconds(progress: bool, monkeypatch: 
     assert lines == (["mask: step 6/10, 24 s left", "mask: step 8/10, 12 s left"] if progress else [])
 
 
+def test_what_is_left_is_not_told_by_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120)
+    with Display(True, 1000, console=console) as display:
+        for step, seconds in ((1, 30), (2, 11), (3, 11)):
+            now[0] += seconds
+            display.step(step)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == ["mask: step 1/1000", "mask: step 2/1000, 10978 s left", "mask: step 3/1000, 10967 s left"]
+
+
 def test_a_bar_on_a_terminal() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Display("add", 10, console=console) as display:

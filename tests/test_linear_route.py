@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import sublens as sl
 from sublens.kernels import blocked
 from sublens.noise import parameter_id
-from sublens.routes import Routes, Sampling, linear_route, recurrent_route
-from sublens.routes.linear_route import per_example
+from sublens.routes import Routes, Sampling, eligibility, linear_route, recurrent_route
+from sublens.routes.eligibility import per_example
 
 
 def chain(*between: nn.Module) -> nn.Sequential:
@@ -138,7 +138,7 @@ def test_gives_what_the_general_route_gives(name: str, samples: int, monkeypatch
     assert bool(of_vmap) is (samples > 1 and not per_example(network))
     assert set(taken) == {samples}
     before = len(taken)
-    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    monkeypatch.setattr(eligibility, "applies", lambda *args: False)
     general = run(sl.MaskedNetwork(network, samples=samples), x)
     assert len(taken) == before  # nothing more went by linear layers
     for one in fast:
@@ -160,7 +160,7 @@ def assert_biases_and_weights_as_by_the_general_route(
     masked = sl.MaskedNetwork(network, keep=0.6, **settings)
     found = run_all(masked, xs)
     assert list(masked._routes.general.values()) == [False]
-    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    monkeypatch.setattr(eligibility, "applies", lambda *args: False)
     expected = run_all(sl.MaskedNetwork(network, keep=0.6, **settings), xs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     if not settings["frozen"]:
@@ -221,8 +221,8 @@ def test_a_compiled_network_takes_the_general_route(samples: int) -> None:
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
     expected = run(sl.MaskedNetwork(network, samples=samples), x)
     compiled = torch.compile(network, backend="eager")
-    assert linear_route.is_compiled(nn.Sequential(compiled))  # type: ignore[arg-type]
-    assert not linear_route.is_compiled(network)
+    assert eligibility.is_compiled(nn.Sequential(compiled))  # type: ignore[arg-type]
+    assert not eligibility.is_compiled(network)
     masked = sl.MaskedNetwork(compiled, samples=samples)  # type: ignore[arg-type]
     # The noise is named by the parameter, and a compiled network's parameters have other names.
     masked._routes.ids = {name: parameter_id(name.removeprefix("_orig_mod.")) for name in masked._routes.ids}
@@ -412,7 +412,7 @@ def test_attention_goes_the_linear_route_and_gives_what_the_general_one_gives(
     found = [run(masked, x) for x in xs]
     assert set(taken) == {samples, 1}  # the whole batch, and in looks after the first call single chunks
     assert not any(masked._routes.general.values())
-    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    monkeypatch.setattr(eligibility, "applies", lambda *args: False)
     before = len(taken)
     masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
     for one, general in zip(found, [run(masked, x) for x in xs], strict=True):
@@ -498,7 +498,7 @@ def test_lstms_go_the_linear_route_and_give_what_the_general_one_gives(
     masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
     found = [run(masked, x) for x in xs]
     assert list(masked._routes.general.values()) == [False]
-    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    monkeypatch.setattr(eligibility, "applies", lambda *args: False)
     masked = sl.MaskedNetwork(network, keep=0.6, samples=samples)
     for one, general in zip(found, [run(masked, x) for x in xs], strict=True):
         torch.testing.assert_close(one[0], general[0], rtol=1e-4, atol=1e-5)
@@ -787,7 +787,7 @@ def test_a_bias_of_any_form_is_added_as_by_the_general_route(
     fast = sl.MaskedNetwork(network, samples=samples)
     y = fast(x)
     assert list(fast._routes.general.values()) == [False]
-    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    monkeypatch.setattr(eligibility, "applies", lambda *args: False)
     torch.testing.assert_close(y, sl.MaskedNetwork(network, samples=samples)(x), rtol=1e-5, atol=1e-5)
 
 
@@ -824,7 +824,7 @@ def test_under_autocast_layers_give_what_was_asked_for(
     seen.clear()
     whole = gradients(sl.MaskedNetwork(network, samples=samples), False)
     assert set(seen) == {False}
-    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    monkeypatch.setattr(eligibility, "applies", lambda *args: False)
     general = gradients(sl.MaskedNetwork(network, samples=samples), True)
     for found in ((output, gradient), general):
         for rounded, exact in zip(found, whole, strict=True):
@@ -1008,7 +1008,7 @@ def test_a_gradient_may_be_penalised(
         return [logits.grad for logits in masked.logits.values()] + [weight.grad for weight in network.parameters()]
 
     found = gradients()
-    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    monkeypatch.setattr(eligibility, "applies", lambda *args: False)
     torch.testing.assert_close(found, gradients(), rtol=1e-4, atol=1e-5)
 
 
@@ -1043,7 +1043,7 @@ def test_what_an_lstm_of_one_step_gives_may_be_changed_in_place(monkeypatch: pyt
     for general in (False, True):
         with monkeypatch.context() as patch:
             if general:
-                patch.setattr(linear_route, "applies", lambda *args: False)
+                patch.setattr(eligibility, "applies", lambda *args: False)
             masked = sl.MaskedNetwork(network, samples=2)
             y = masked(x)[0].mul_(2)
             y.square().sum().backward()
@@ -1103,7 +1103,7 @@ def test_what_layers_give_may_be_changed_in_place(
     masked = sl.MaskedNetwork(network, samples=samples)
     found = run(masked, x)
     assert list(masked._routes.general.values()) == [False]
-    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    monkeypatch.setattr(eligibility, "applies", lambda *args: False)
     for one, other in zip(found, run(sl.MaskedNetwork(network, samples=samples), x), strict=True):
         # Gradients are sums over some 1,000 rows, rounded in another order.
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import sublens as sl
 from sublens import kernels
 from sublens.redrawing import Redrawing
-from sublens.routes import linear_route
+from sublens.routes import eligibility
 
 
 class Attention(nn.Module):
@@ -57,7 +57,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 @pytest.fixture(autouse=True)
 def general_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it attention would go the linear route."""
-    monkeypatch.setattr(linear_route, "applies", lambda *args: False)
+    monkeypatch.setattr(eligibility, "applies", lambda *args: False)
 
 
 def inputs() -> Tensor:

@@ -4,6 +4,7 @@ Torch is loaded when a study is, not before: ``sublens --help`` answers at once.
 """
 
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -442,6 +443,7 @@ def run(arguments: list[str]) -> int:
 
     0, 1 if runs of a sweep failed, 2 for bad input (stderr says what), or 130 for Ctrl-C.
     """
+    _announce_compilation()
     try:
         code: Any = app(args=arguments, prog_name="sublens", standalone_mode=False)
     except typer.Abort:
@@ -455,6 +457,21 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         return _refuse(f"{error.filename or 'A file'}: {error.strerror or error}.")
     return code if isinstance(code, int) else 0
+
+
+def _announce_compilation() -> None:
+    """Let it be said on stderr that loops are compiled: half a minute without a word looks like a fault."""
+    log = logging.getLogger("sublens.kernels")
+    if not log.handlers:
+        log.addHandler(_ToStderr())
+        log.setLevel(logging.INFO)
+
+
+class _ToStderr(logging.Handler):
+    """Writes where a progress bar, if there is one, makes room."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
 
 
 def _refuse(error: object) -> int:

@@ -21,6 +21,21 @@ from sublens.selection import Where
 from sublens.splitting import flatten
 
 
+def _settled(name: str, text: str) -> Any:
+    """A property that routes rest on, and which therefore stays as it was when the masked network was made."""
+
+    def get(self: "MaskedNetwork") -> Any:
+        return getattr(self._routes, name)
+
+    def refuse(self: "MaskedNetwork", value: Any) -> None:
+        raise SettingError(
+            f"{name} is {get(self)!r} and stays so: it is settled when a masked network is made. Make another one, "
+            f"MaskedNetwork(network, {name}={value!r}, ...), and give it these logits by load_state_dict if you like."
+        )
+
+    return property(get, refuse, doc=text)
+
+
 class MaskedNetwork(nn.Module):
     """A frozen network seen through gates: one logit for each selected weight, or for each group of them.
 
@@ -73,6 +88,12 @@ class MaskedNetwork(nn.Module):
         SelectionError: ``where`` matches nothing, or a selected parameter has no such groups.
     """
 
+    gate: Gate = _settled("gate", "The estimator.")
+    batch_dim: int = _settled(
+        "batch_dim", "Dimension of the batch in the first tensor of a call."
+    )
+    frozen: bool = _settled("frozen", "Whether the weights stay as they are.")
+
     def __init__(
         self,
         network: nn.Module,
@@ -120,21 +141,6 @@ class MaskedNetwork(nn.Module):
     def network(self) -> nn.Module:
         """The frozen network."""
         return self._network[0]
-
-    @property
-    def gate(self) -> Gate:
-        """The estimator. As the two below, it is settled when the masked network is made."""
-        return self._routes.gate
-
-    @property
-    def batch_dim(self) -> int:
-        """Dimension of the batch in the first tensor that the network is called with."""
-        return self._routes.batch_dim
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the weights stay as they are."""
-        return self._routes.frozen
 
     @property
     def logits(self) -> dict[str, nn.Parameter]:

@@ -65,6 +65,7 @@ class Display:
         self._shared = bar
         self._text = ""
         self._began = self._next = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step that was done first, and when
 
     def __enter__(self) -> Display:
         if self._shown and self._console.is_terminal:
@@ -84,6 +85,8 @@ class Display:
 
     def step(self, step: int) -> None:
         """``step`` steps are done. Called at every step, so it looks at the clock and nearly always returns."""
+        if self._first is None:
+            self._first = step, time.monotonic()
         if not self._shown or time.monotonic() < self._next:
             return
         if self._bar is not None:
@@ -106,8 +109,11 @@ class Display:
 
     def _line(self, step: int) -> None:
         now = time.monotonic()
-        per_step = (now - self._began) / max(step - self._done, 1)
-        left = f"{per_step * (self._steps - step):.0f} s left" if step < self._steps else f"{now - self._began:.0f} s"
+        left = f"{now - self._began:.0f} s"
+        if step < self._steps:
+            # Not by the first step, in which code may be compiled.
+            done, since = self._first or (self._done, self._began)
+            left = f"{(now - since) / (step - done) * (self._steps - step):.0f} s left" if step > done else ""
         parts = [f"{self._label}: step {step}/{self._steps}", self._text, left]
         self._console.print(", ".join(filter(None, parts)), markup=False, highlight=False, soft_wrap=True)
         self._next = now + LINE_SECONDS

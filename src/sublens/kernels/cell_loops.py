@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import carray, cfunc, njit, types
 
-from sublens.kernels.loops import INT, WORDS, exp_of, f32, i64, loop
+from sublens.kernels.loops import INT, WORDS, copy, exp_of, f32, i64, loop
 from sublens.kernels.vector import pointer, take
 
 _ROWS = 8  # that a thread takes at a time
@@ -47,13 +47,6 @@ def _tanh(x: Any) -> Any:
 
 
 # One plain loop for each thing that is written, in place or to a place of its own: only so does LLVM make vectors.
-
-
-@loop(INT, INT, INT)
-def _copy(out: Any, source: Any, count: Any) -> None:
-    y, x = carray(pointer(out), (count,), f32), carray(pointer(source), (count,), f32)
-    for j in range(count):
-        y[j] = x[j]
 
 
 @loop(INT, INT)
@@ -97,7 +90,7 @@ def _forward(p: Any) -> None:
             source = p[SOURCE] + 4 * (row // p[OF_SAMPLE] * p[APART] + row % p[OF_SAMPLE] * 4 * n)
             gates, at = p[GATES] + 16 * row * n, 4 * row * n
             if source != gates:
-                _copy(gates, source, 4 * n)
+                copy(gates, source, 4 * n)
             _to_sigmoids(gates, 2 * n)
             _to_tanhs(gates + 8 * n, n)
             _to_sigmoids(gates + 12 * n, n)

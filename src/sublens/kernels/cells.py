@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,11 +80,11 @@ def _fields(gates: Tensor, before: Tensor, cells: Tensor) -> list[int]:
     return p
 
 
-def _run(loop: object, p: list[int]) -> None:
+def _run(loop: Any, p: list[int]) -> None:
     loops = cpu.compiled("cell_loops")
     array = (ctypes.c_int64 * len(p))(*p)
     parallel = p[loops.ROWS] * p[loops.SIZE] >= _SMALL
-    threads.run(loop.address, ctypes.addressof(array), parallel=parallel)  # type: ignore[attr-defined]
+    threads.run(loop.address, ctypes.addressof(array), parallel=parallel)
 
 
 _SMALL = 4096

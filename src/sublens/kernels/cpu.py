@@ -18,15 +18,23 @@ from sublens.noise import Draw
 _SMALL = 32_768
 """Draws below which one thread is faster than waking the others."""
 
-log = logging.getLogger("sublens")
+log = logging.getLogger("sublens.kernels")
 
 
 @functools.cache
 def compiled(module: str = "loops") -> Any:
     """A module of compiled loops, such as ``"loops"`` or ``"linear_loops"``."""
     # Imported at first use: Numba takes a second to load, and the first time ever some ten to compile.
-    log.info("sublens: loading the fused CPU kernels (the first time on a machine they are compiled, then cached)")
+    _announce()
     return importlib.import_module(f"sublens.kernels.{module}")
+
+
+@functools.cache
+def _announce() -> None:
+    log.info(
+        "sublens: loading the fused CPU kernels. The first time on a machine they are compiled, which takes up to half "
+        "a minute, and then kept."
+    )
 
 
 def name(p: "np.ndarray | list[int]", draw: Draw) -> None:

@@ -20,6 +20,7 @@ from sublens.kernels.loops import (
     SAMPLES,
     WEIGHT,
     WORDS,
+    copy,
     draw_run,
     f32,
     fill,
@@ -211,13 +212,6 @@ def _accumulate(total: Any, numbers: Any, count: Any) -> None:
     s, x = carray(pointer(total), (count,), f32), carray(pointer(numbers), (count,), f32)
     for j in range(count):
         s[j] += x[j]
-
-
-@loop(INT, INT, INT)
-def _copy(out: Any, numbers: Any, count: Any) -> None:
-    o, x = carray(pointer(out), (count,), f32), carray(pointer(numbers), (count,), f32)
-    for j in range(count):
-        o[j] = x[j]
 
 
 @loop(INT, INT, INT, INT, INT, INT, WORDS)
@@ -444,7 +438,7 @@ def _backward(p: Any) -> None:
                 element = 4 * ((top + r) * across + left)
                 times(p[RESULT] + element, total + 4 * r * _PITCH, p[WEIGHT] + element, size)
                 if p[OF_WEIGHT] != 0:
-                    _copy(p[OF_WEIGHT] + element, of_weight + 4 * r * _PITCH, size)
+                    copy(p[OF_WEIGHT] + element, of_weight + 4 * r * _PITCH, size)
         if p[OF_INPUTS] != 0:
             for i in range(samples):
                 for first in range(0, chunk, length):

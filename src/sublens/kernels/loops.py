@@ -151,6 +151,14 @@ def fill(out: Any, count: Any, value: Any) -> None:
         o[j] = value
 
 
+@loop(INT, INT, INT)
+def copy(out: Any, numbers: Any, count: Any) -> None:
+    """The same numbers elsewhere."""
+    o, x = carray(pointer(out), (count,), f32), carray(pointer(numbers), (count,), f32)
+    for j in range(count):
+        o[j] = x[j]
+
+
 @njit(types.int64(INT, INT, INT, INT, WORDS), error_model="numpy", cache=True, nogil=True)
 def draw_run(out: Any, element: Any, count: Any, pair: Any, p: Any) -> Any:
     """Write the draws of the tiles that hold ``count`` elements from ``element`` on; return the first one's address."""

@@ -22,7 +22,7 @@ from torch.utils._device import DeviceContext
 
 from sublens.kernels import blocked, cpu
 from sublens.noise import Draw
-from sublens.routes import linear_route
+from sublens.routes import eligibility, products
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def layers(network: nn.Module, logits: Mapping[str, Tensor], x: Any, chunks: int
     vectors in evaluation mode. Its weights are what is masked, and nothing watches its modules. ``x`` is a float32
     batch of vectors on the CPU whose size is a multiple of ``chunks``, and if there is an autocast, it is to bfloat16.
     Nothing is differentiated forwards.
-    Gate and logits are looked at by :func:`sublens.routes.linear_route.applies`.
+    Gate and logits are looked at by :func:`sublens.routes.eligibility.applies`.
     """
     if (
         type(x) is not Tensor
@@ -60,7 +60,7 @@ def layers(network: nn.Module, logits: Mapping[str, Tensor], x: Any, chunks: int
         or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
         or forward_ad._current_level >= 0
         or modules._global_forward_pre_hooks
-        or linear_route.hooked_everywhere()
+        or eligibility.hooked_everywhere()
     ):
         return None
     found: list[Layer] = []
@@ -79,7 +79,7 @@ def _follow(module: nn.Module | None, prefix: str, found: list[Layer]) -> bool:
     """Add a module's layers to those found, if that is what it consists of."""
     if module is None:
         return False
-    if linear_route.hooked(module) or "forward" in module.__dict__:
+    if eligibility.hooked(module) or "forward" in module.__dict__:
         return False
     kind = type(module)
     if kind is nn.Linear:
@@ -164,7 +164,7 @@ class _Chain(torch.autograd.Function):
             x, scores, weight, draw = saved[i], saved[count + i], saved[2 * count + i].detach(), ctx.draws[i]
             rectified, rounded = inner and chain[i - 1].rectified, inner and ctx.rounded
             if wants and torch.is_grad_enabled():  # a graph of the gradient is asked for
-                of_x, of_logits[i] = linear_route.Gradients.apply(of_x, x, weight, scores, draw, 0, ctx.reduced, None)
+                of_x, of_logits[i] = products.gradients(of_x, x, weight, scores, draw, reduced=ctx.reduced)
                 of_x = of_x.bfloat16().float() if rounded else of_x
                 of_x = of_x * (x > 0) if rectified else of_x
                 continue

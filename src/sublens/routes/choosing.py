@@ -31,11 +31,11 @@ from sublens.gates import Gate
 from sublens.groups import FactoredWeight, GroupedGate, Grouping, factors
 from sublens.noise import Draw, parameter_id
 from sublens.redrawing import Redrawing
-from sublens.routes import chain_route, linear_route
+from sublens.routes import chain_route, eligibility, linear_route
 from sublens.selection import tied_names
 from sublens.splitting import Batch, agree, copied, join, kind_of_call
 
-log = logging.getLogger("sublens")
+log = logging.getLogger("sublens.routes")
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Routes:
         self._groupings = groupings
         self._aliases = tied_names(network)
         self._axes = OutputAxes(network, self._aliases, batch_dim)
-        self._why: str | None = None  # a call does not go a faster route
-        self._told: set[str] = set()
+        self._why: str | None = None  # the call at hand does not go a faster route, if that is new
+        self._told: set[str] = set()  # reasons that were logged
         self._chained: bool | None = None  # whether gate and logits, and the network as it was, are for chain_route
 
     def forget(self) -> None:
@@ -109,6 +109,7 @@ class Routes:
         Raises:
             BatchError: the batch cannot be split into the samples, or the outputs cannot be joined.
         """
+        self._why = None
         if len(args) == 1 and not kwargs:
             output = self._by_chain(sampling, args[0])
             if output is not None:
@@ -123,7 +124,7 @@ class Routes:
         sizes = [stop - start for start, stop in pairwise(bounds)]
         kind, axes = kind_of_call(batch.leaves), self._axes.of(batch, sizes[0])
         of_leading_batch = self.batch_dim == 0 and batch.size % sampling.count == 0
-        if linear_route.per_example(self.network) and of_leading_batch:
+        if eligibility.per_example(self.network) and of_leading_batch:
             output = self._whole_batch(sampling, kind, args, kwargs)
             if output is not None:
                 return output
@@ -152,7 +153,6 @@ class Routes:
                 "sublens: a training call goes the general route, chunk by chunk under whole masked weights, which is "
                 f"slower. Why not a faster one: {self._why}."
             )
-        self._why = None
         try:
             return run()
         except Exception:
@@ -173,7 +173,7 @@ class Routes:
 
     def _masks_linear_layers(self, logits: Mapping[str, Tensor]) -> bool:
         fine = all(grouping.fine for grouping in self._groupings.values())
-        return fine and linear_route.applies(self.network, logits, self.gate)
+        return fine and eligibility.applies(self.network, logits, self.gate)
 
     def _whole_batch(self, sampling: Sampling, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of one call by the linear route, or ``None`` where that route does not apply."""
@@ -186,7 +186,7 @@ class Routes:
 
     def _all_at_once(self, sampling: Sampling, batch: Batch, kind: Hashable) -> list[Any] | None:
         """The outputs of the chunks by the linear route, or ``None`` where that route does not apply."""
-        if batch.size % sampling.count or not linear_route.vectorised(self.network):
+        if batch.size % sampling.count or not eligibility.vectorised(self.network):
             return None
 
         def call(copy: bool) -> Any:
@@ -248,7 +248,7 @@ class Routes:
         step, trial = sampling.step, ("whole batch", _with_precision(kind))
         key = _with_precision(trial)  # another one under autocast, where the trial itself is without
         known = key in self.general
-        if not known and linear_route.watched(self.network):
+        if not known and eligibility.watched(self.network):
             self._why = "hooks watch the network"
             self.general[key] = True
         if self.general.get(key):

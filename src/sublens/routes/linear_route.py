@@ -1,20 +1,19 @@
 """The fast route for layers of an unmodified network that multiply: one pass over a weight serves all K samples.
 
 The network is called once. Each masked weight is put in as a :class:`GatedWeight`, a tensor without data that answers
-``torch.nn.functional.linear`` with the blocked product of all chunks (:mod:`sublens.kernels.blocked`), attention and
-LSTMs by what they are made of, and everything else by asking for the general route. Which networks can go this way is
-:func:`applies`; that one of them cannot after all (code that vmap does not take, a weight used for something else) is
-found at its first call.
+``torch.nn.functional.linear`` with the blocked product of all chunks (:mod:`sublens.routes.products`), attention and
+LSTMs by what they are made of, and everything else by asking for the general route. Which networks can go this way
+:mod:`sublens.routes.eligibility` says; that one of them cannot after all (code that vmap does not take, a weight used
+for something else) is found at its first call.
 
-With one sample, and for networks that treat every example by itself (:func:`per_example`), the call is an ordinary one
-on the whole batch. Other networks are called under :func:`torch.func.vmap` over the K chunks, so that their code still
-sees one chunk; that costs some milliseconds a call. Where vmap does not take that code, the call is an ordinary one on
-the whole batch, if chunks are seen to give the same outputs (``MaskedNetwork``).
+With one sample, and for networks that treat every example by itself, the call is an ordinary one on the whole batch.
+Other networks are called under :func:`torch.func.vmap` over the K chunks, so that their code still sees one chunk; that
+costs some milliseconds a call. Where vmap does not take that code, the call is an ordinary one on the whole batch, if
+chunks are seen to give the same outputs (:mod:`sublens.routes.choosing`).
 """
 
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -23,14 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.modules import module as modules
 
-from sublens import kernels, recomputation
-from sublens.gates import Gate
 from sublens.kernels import blocked, cells, cpu
 from sublens.noise import Draw
-from sublens.routes import recurrent_route
+from sublens.routes import products, recurrent_route
 from sublens.splitting import Batch, Rebuild, flatten
 
 
@@ -44,109 +39,6 @@ class CallError(NotLinearError):
     An input is not as wide as the weight it meets (the general route fails too, with the network's own error), or
     weights or logits are not float32 numbers in order, since somebody has put others in their place.
     """
-
-
-_LINEAR = {
-    (nn.Linear, "weight"),
-    (nn.Linear, "bias"),
-    (nn.modules.linear.NonDynamicallyQuantizableLinear, "weight"),  # of nn.MultiheadAttention
-    (nn.modules.linear.NonDynamicallyQuantizableLinear, "bias"),
-    (nn.MultiheadAttention, "in_proj_weight"),
-    (nn.MultiheadAttention, "in_proj_bias"),
-    (nn.MultiheadAttention, "q_proj_weight"),
-    (nn.MultiheadAttention, "k_proj_weight"),
-    (nn.MultiheadAttention, "v_proj_weight"),
-}
-"""Which parameters of which modules are used by ``torch.nn.functional.linear`` and nothing else."""
-
-
-def _linear_only(module: nn.Module, name: str) -> bool:
-    """Whether a module's own parameter is used for nothing else than products with what goes through a layer."""
-    if type(module) is nn.LSTM:
-        return module.proj_size == 0 and name.startswith("weight_")
-    return (type(module), name) in _LINEAR
-
-
-def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> bool:
-    """Whether all that is masked are float32 CPU weights of linear layers, attention or LSTMs, under a fused gate."""
-    if not (gate.fused and kernels.fused() and blocked.agrees()) or is_compiled(network):
-        return False
-    parameters = dict(network.named_parameters())
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((module, name))
-    return all(
-        cpu.applies(parameter, scores)
-        and parameter.is_contiguous()
-        and all(_linear_only(module, own) for module, own in owners[id(parameter)])
-        for parameter, scores in ((parameters[name], scores) for name, scores in logits.items())
-    )
-
-
-_BY_EXAMPLE = (
-    nn.CELU, nn.Dropout, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU,
-    nn.Linear, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign,
-    nn.Tanh, nn.Tanhshrink,
-)  # fmt: skip
-
-
-def per_example(network: nn.Module) -> bool:
-    """Whether the network is a chain of modules that act on each example of a batch alone, and nothing watches it.
-
-    Such a network gives each chunk the same outputs whether it is called on chunks or on the whole batch. Only modules
-    of torch's own classes are taken at their word, and none with hooks, which would see another batch.
-    """
-
-    def acts_alone(module: nn.Module) -> bool:
-        if hooked(module) or "forward" in module.__dict__:
-            return False
-        if type(module) is nn.Sequential:
-            return all(acts_alone(part) for part in module)
-        if type(module) is nn.LayerNorm:
-            return len(module.normalized_shape) == 1
-        if type(module) is nn.Flatten:
-            return module.start_dim == 1
-        return type(module) in _BY_EXAMPLE
-
-    return type(network) is nn.Sequential and not hooked_everywhere() and acts_alone(network)
-
-
-def vectorised(network: nn.Module) -> bool:
-    """Whether :func:`torch.func.vmap` takes the network without loops, and each chunk is seen by whoever watches it.
-
-    It has no rules for attention and LSTMs, and hooks of backward passes would see the gradients of all chunks at once.
-    """
-    return not (modules._global_backward_hooks or modules._global_backward_pre_hooks) and not any(
-        isinstance(module, nn.MultiheadAttention | nn.LSTM) or module._backward_hooks or module._backward_pre_hooks
-        for module in network.modules()
-    )
-
-
-def watched(network: nn.Module) -> bool:
-    """Whether hooks watch a part of the network: they would see calls that serve to compare two routes."""
-    return hooked_everywhere() or any(map(hooked, network.modules()))
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether hooks watch the calls of a module, or their backward passes."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def hooked_everywhere() -> bool:
-    """Whether hooks watch the calls of all modules, or their backward passes. Our own, in first calls, do not count."""
-    if modules._global_backward_hooks or modules._global_backward_pre_hooks or modules._global_forward_hooks:
-        return True
-    hooks = modules._global_forward_pre_hooks.values()
-    return any(getattr(hook, "__module__", None) != recomputation.__name__ for hook in hooks)
-
-
-def is_compiled(network: nn.Module) -> bool:
-    """Whether a part of the network is compiled: its code wants weights that are ordinary tensors."""
-    compiler = sys.modules.get("torch._dynamo")
-    return compiler is not None and any(isinstance(module, compiler.OptimizedModule) for module in network.modules())
 
 
 @dataclass(frozen=True)
@@ -187,7 +79,10 @@ class GatedWeight(Tensor):
         for given in (logits, weight):
             # Looked at in each call: loops read whatever lies at an address.
             if not cpu.has_plain_data(given) or not given.is_contiguous() or given.shape != weight.shape:
-                raise CallError(f"{type(given).__name__} of {given.dtype}, shape {tuple(given.shape)}, in other order")
+                raise CallError(
+                    f"a weight or its logits are not float32 numbers in order (they are {given.dtype}, of shape "
+                    f"{tuple(given.shape)} and strides {given.stride()})"
+                )
         return cls._of(_Source(logits, weight, draw, chunks))
 
     @classmethod
@@ -303,7 +198,7 @@ def _plus_of_samples(y: Tensor, source: _Source, bias: _Source) -> Tensor:
     if bias.weight.shape != source.weight.shape[:1]:
         raise NotLinearError(f"a masked bias of shape {tuple(bias.weight.shape)}")
     chunks = source.chunks
-    of_samples: Tensor = _Samples.apply(bias.logits, bias.weight, bias.draw, bias.first, chunks)
+    of_samples = products.vectors(bias.logits, bias.weight, bias.draw, bias.first, chunks)
     if chunks == 1:
         return y + of_samples[0]
     if source.examples:
@@ -312,32 +207,6 @@ def _plus_of_samples(y: Tensor, source: _Source, bias: _Source) -> Tensor:
         return (by_chunk + of_samples.unsqueeze(1)).view(y.shape)
     by_chunk = y.view(chunks, -1, y.shape[-1])
     return (by_chunk + of_samples.unsqueeze(1)).view(y.shape)
-
-
-class _Samples(torch.autograd.Function):
-    """A masked vector (n) under K samples, (K, n)."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, weight: Tensor, draw: Draw, first: int, samples: int) -> Tensor:
-        ctx.save_for_backward(logits, weight)
-        ctx.draw, ctx.first = draw, first  # type: ignore[attr-defined]
-        out = weight.new_empty(samples, len(weight))
-        cpu.walk(weight, logits.detach(), draw, masked=out, samples=samples, before=first)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logits, weight = ctx.saved_tensors
-        of_weight, gradient, samples = None, gradient.resolve_neg().contiguous(), len(gradient)
-        of_logits = torch.empty_like(logits)
-        run = {"samples": samples, "before": ctx.first}
-        cpu.walk(weight, logits, ctx.draw, gradient=gradient, result=of_logits, **run)
-        if ctx.needs_input_grad[1]:
-            is_open = torch.empty_like(gradient)
-            cpu.walk(torch.ones_like(weight), logits, ctx.draw, masked=is_open, **run)
-            of_weight = torch.where(is_open != 0, gradient, 0).sum(0)
-        return of_logits, of_weight, None, None, None
 
 
 def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
@@ -352,12 +221,12 @@ def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
         if x.dim() == 3 and x.shape[1] == source.examples and x.transpose(0, 1).is_contiguous():
             # As attention sees batches that come first: so the chunks lie in memory already.
             chunked = x.transpose(0, 1).unflatten(0, (source.chunks, -1))
-            return _LinearOfSamples.apply(chunked, *rest).flatten(0, 1).transpose(0, 1).contiguous()  # type: ignore[no-any-return]
+            return products.linear(chunked, *rest).flatten(0, 1).transpose(0, 1).contiguous()
         chunked = x.reshape(-1, source.chunks, source.examples // source.chunks, x.shape[-1]).movedim(1, 0)
-        return _LinearOfSamples.apply(chunked, *rest).movedim(0, 1).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        return products.linear(chunked, *rest).movedim(0, 1).reshape(*x.shape[:-1], -1)
     if source.chunks > 1 and (x.dim() == 1 or x.shape[0] % source.chunks):
         raise NotLinearError(f"an input of shape {tuple(x.shape)} for {source.chunks} chunks")
-    return _LinearOfSamples.apply(x, *rest)  # type: ignore[no-any-return]
+    return products.linear(x, *rest)
 
 
 def _lstm(
@@ -402,78 +271,6 @@ def _lstm(
     y, h, c = recurrent_route.lstm(by_chunk, states, [weight.source for weight in gated], biases, directions)
     y = y.transpose(1, 2).flatten(0, 1) if batch_first else y.transpose(0, 1).flatten(1, 2)
     return y, h.flatten(1, 2), c.flatten(1, 2)
-
-
-class _LinearOfSamples(torch.autograd.Function):
-    """Inputs (..., in), whose first dimension holds K chunks, under K samples.
-
-    Keeps inputs, logits and weight for the backward pass, no sample.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int, reduced: bool,
-        chunks: int, bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        # In order, as torch's own layer keeps it: a network may write into a transposed input afterwards.
-        flat = _in_order(x, chunks)
-        ctx.save_for_backward(flat, logits, weight)
-        ctx.draw, ctx.first, ctx.reduced, ctx.shape = draw, first, reduced, x.shape  # type: ignore[attr-defined]
-        # Not a view of the result: autograd would forbid the network to change that in place, as a ReLU may.
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        blocked.forward(flat, weight, logits.detach(), draw, first, bias, y.view(*flat.shape[:2], -1), reduced)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, logits, weight = ctx.saved_tensors
-        wants, gradient = ctx.needs_input_grad[0], _in_order(gradient, x.shape[0])
-        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
-        of_x: Tensor | None
-        if wants and torch.is_grad_enabled():
-            of_x, of_logits = Gradients.apply(gradient, x, weight, logits, ctx.draw, ctx.first, ctx.reduced, of_weight)
-        else:
-            of_x, of_logits = blocked.backward(
-                gradient, x, weight, logits, ctx.draw, ctx.first, wants_x=wants, reduced=ctx.reduced,
-                of_weight=of_weight,
-            )  # fmt: skip
-        return None if of_x is None else of_x.view(ctx.shape), of_logits, of_weight, None, None, None, None, None
-
-
-class Gradients(torch.autograd.Function):
-    """What :func:`blocked.backward` gives, where a graph of it is asked for, as to penalise a gradient.
-
-    The inputs' gradient is a product with the same masked weights, so it can be differentiated once more. Those of
-    logits and weights cannot, as on the general route.
-    """
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, reduced: bool,
-        of_weight: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-        ctx.save_for_backward(gradient, weight, logits)
-        ctx.named = (draw, first)
-        of_x, of_logits = blocked.backward(
-            gradient, x, weight, logits.detach(), draw, first, wants_x=True, reduced=reduced, of_weight=of_weight
-        )
-        ctx.mark_non_differentiable(of_logits)
-        return of_x, of_logits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        came, weight, logits = ctx.saved_tensors
-        gradient = gradient.resolve_neg().contiguous()
-        of_came = blocked.forward(gradient, weight, logits, *ctx.named)
-        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
-        of_logits = blocked.backward(came, gradient, weight, logits, *ctx.named, wants_x=False, of_weight=of_weight)[1]
-        return of_came, None, of_weight, of_logits, None, None, None, None
-
-
-def _in_order(x: Tensor, chunks: int) -> Tensor:
-    """(..., n), whose first dimension holds the chunks, as (K, rows, n), contiguous."""
-    return x.resolve_neg().reshape(chunks, -1, x.shape[-1]).contiguous()
 
 
 def over_chunks(call: Callable[..., Any], batch: Batch, chunks: int, *, copy: bool) -> list[Any]:
