@@ -89,9 +89,7 @@ class MaskedNetwork(nn.Module):
     """
 
     gate: Gate = _settled("gate", "The estimator.")
-    batch_dim: int = _settled(
-        "batch_dim", "Dimension of the batch in the first tensor of a call."
-    )
+    batch_dim: int = _settled("batch_dim", "Dimension of the batch in the first tensor of a call.")
     frozen: bool = _settled("frozen", "Whether the weights stay as they are.")
 
     def __init__(
