@@ -55,7 +55,7 @@ def assert_agrees(
     """
     if reduced is None:
         assert_agrees(samples, m, width, height, draw, reduced=True)
-    coarse = 2.0**-8 if reduced and m >= blocked._LONG else 0.0
+    coarse = 2.0**-8 if reduced and m >= blocked._long(samples, reduced) else 0.0
     x, weight, logits, gradient = problem(samples, m, width, height)
     y = blocked.forward(x, weight, logits, draw, reduced=bool(reduced))
     of_x, of_logits = blocked.backward(gradient, x, weight, logits, draw, wants_x=True, reduced=bool(reduced))
@@ -109,8 +109,17 @@ def test_agrees_for_any_sizes_and_first_sample(samples: int, m: int, width: int,
 
 @pytest.mark.parametrize(("samples", "width", "height"), [(1, 70, 53), (3, 1024, 400), (2, 3, 2**19 + 5)])
 def test_agrees_for_long_chunks(samples: int, width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "_LONG", 12)
+    monkeypatch.setattr(blocked, "_long", lambda samples, reduced: 12)
     assert_agrees(samples, 13, width, height)
+
+
+@pytest.mark.parametrize(("samples", "m"), [(1, 2049), (3, 700), (9, 256)])
+def test_agrees_for_long_chunks_whichever_product_takes_them(samples: int, m: int) -> None:
+    # By the library or by the loops, as the processor decides; and by the other one.
+    assert_agrees(samples, m, 300, 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "_long", lambda samples, reduced: 4096)
+        assert_agrees(samples, m, 300, 100)
 
 
 @pytest.mark.parametrize("long", [12, 256])
@@ -119,7 +128,7 @@ def test_agrees_for_long_chunks(samples: int, width: int, height: int, monkeypat
 def test_rectifies_and_rounds_as_torch_does_beside_the_layer(
     width: int, height: int, reduced: bool, long: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocked, "_LONG", long)
+    monkeypatch.setattr(blocked, "_long", lambda samples, reduced: long)
     x, weight, logits, gradient = problem(3, 13, width, height)
     x.relu_()
     bias = normal(height, seed=7)
@@ -161,7 +170,7 @@ def test_rounds_to_bfloat16_as_torch_does(value: float) -> None:
 def test_some_rows_have_the_samples_that_they_have_in_the_whole(
     long: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocked, "_LONG", long)
+    monkeypatch.setattr(blocked, "_long", lambda samples, reduced: long)
     x, weight, logits, gradient = problem(3, 13, width, 150)
     rows = slice(47, 119)
     y = blocked.forward(x, weight, logits, DRAW)

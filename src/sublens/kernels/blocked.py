@@ -88,7 +88,7 @@ def forward(
     samples, m, width = x.shape
     height = weight.shape[0]
     y = x.new_empty(samples, m, height) if out is None else out
-    if m >= _LONG:
+    if m >= _long(samples, reduced):
         _forward_long(y, x, weight, logits, draw, first, reduced)
         y = y if bias is None else y.add_(bias)
         y = y.relu_() if rectified else y
@@ -135,7 +135,7 @@ def backward(
         Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
     """
     samples, m, width = x.shape
-    if m >= _LONG:
+    if m >= _long(samples, reduced):
         of_x, of_logits = _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced, of_weight)
         if of_x is not None and rectified:
             of_x.masked_fill_(x <= 0, 0)
@@ -173,9 +173,18 @@ def _wide(samples: int, m: int, width: int, count: int) -> int:
 _INPUTS = 2**20
 """Numbers of the inputs that a thread holds at a time."""
 
-_LONG = 256
-"""Rows of a chunk from which on the library's product is faster, about, for weights of any size."""
-_BLOCK = 2**20  # masked weights that it is given at a time
+_BLOCK = 2**20  # masked weights that the library's product is given at a time
+
+
+@functools.cache
+def _long(samples: int, reduced: bool) -> int:
+    """Rows of a chunk from which on the library's product is faster, about, for weights of any size.
+
+    A constant of the processor: if it were measured in each process, the bits of a result would depend on the clock.
+    """
+    if not cpu.compiled("product").OUTRUNS:
+        return 256
+    return max(256, (2048 if reduced else 8192) // samples)
 
 
 def _blocks(samples: int, weight: Tensor) -> Iterator[slice]:
