@@ -313,6 +313,22 @@ def test_a_network_is_prepared_once_before_its_masks_are_trained(tmp_path: Path)
         run(tmp_path / "none", dataclasses.replace(study, prepare=lambda network: None))
 
 
+def test_what_the_network_has_not_learned_is_told_before_its_masks_are_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = make_study(network_steps=1, mask_steps=1, repeated=())
+    knows, not_yet = (
+        dataclasses.replace(study.tasks[k], metric=metric)
+        for k, metric in ((0, lambda net: 0.5), (1, lambda net: 0.102))
+    )
+    run(tmp_path / "run", dataclasses.replace(study, tasks=[knows, not_yet]))
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "sublens.inspection"]
+    assert f"the network answers only {not_yet.name} in 10.2" in said
+    caplog.clear()
+    run(tmp_path / "other", dataclasses.replace(study, tasks=[knows]))
+    assert not [record for record in caplog.records if record.name == "sublens.inspection"]
+
+
 def test_nothing_global_is_changed(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     run(tmp_path / "run", make_study(mask_steps=2, network_steps=2))

@@ -117,6 +117,9 @@ def outcome(*evidence: Evidence, of: str) -> str:
         ({"other": (0.9, 0.0), "unsure": (0.1, 0.5)}, "undecided"),
         ({"unsure": (0.1, 0.5)}, "undecided"),
         ({"unsure": (0.1, None)}, "holds"),
+        ({"able": (0.5, 1.0)}, "holds"),
+        ({"able": (1.0, 0.49)}, "undecided"),
+        ({"other": (0.9, 0.0), "able": (0.1, 1.0)}, "undecided"),
     ],
 )
 def test_specialisation_by_its_rule(changes: dict[str, Any], expected: str) -> None:
@@ -132,10 +135,25 @@ def test_specialisation_by_its_rule(changes: dict[str, Any], expected: str) -> N
         ({"index": None}, "undecided"),
         ({"index": SHARED, "own": (0.5, 1.0)}, "undecided"),
         ({"index": SHARED, "unsure": (0.2, 0.41)}, "undecided"),
+        ({"index": SHARED, "able": (1.0, 0.09)}, "undecided"),
+        ({"able": (1.0, 0.09)}, "undecided"),
     ],
 )
 def test_reuse_by_its_rule(changes: dict[str, Any], expected: str) -> None:
     assert outcome(replace(GOOD, same_function=True, **changes), of="reuse") == expected
+
+
+def test_a_function_that_the_network_never_learned_is_no_evidence() -> None:
+    # The network is right in one of ten, a mask of nothing much as well: a retention of 1, of nothing.
+    masks = {name: made(random(0.3, seed)) for seed, name in enumerate(("a", "b"))}
+    accuracy = {"a": {"a": 1.0, "b": 0.01}, "b": {"a": 0.01, "b": 0.1}}
+    chance = {name: {"a": 0.01, "b": 0.01} for name in masks}
+    again = {"a": made(noisy(masks["a"]["0"], 0.1, 7))}
+    found = gather({"a": "f", "b": "f"}, masks, again, accuracy, {"a": 1.0, "b": 0.1}, chance)
+    assert found[0].own[1] == pytest.approx(1.0)
+    verdict = judge(found)["reuse"]
+    assert verdict["verdict"] == "undecided"
+    assert verdict["because"].startswith("b is hardly answered under its own mask: 9.1")
 
 
 def test_one_pair_that_fails_decides_and_one_that_is_open_leaves_it_open() -> None:
@@ -170,6 +188,9 @@ HELD = Excluded(task="a", same_function=True, own=1.0, control=0.9, left=0.9)
         ({"left": None}, "undecided"),
         ({"left": 0.1, "unsure": 0.41}, "undecided"),
         ({"left": 0.1, "unsure": 0.4}, "fails"),
+        ({"left": 0.1, "able": (0.49, 1.0)}, "undecided"),
+        ({"left": 0.1, "able": (1.0, 0.49)}, "undecided"),
+        ({"left": 0.1, "able": (0.5, 0.5)}, "fails"),
     ],
 )
 def test_reuse_by_what_is_held_back(changes: dict[str, Any], expected: str) -> None:
@@ -239,6 +260,7 @@ def test_evidence_is_gathered_from_masks_and_accuracies() -> None:
     ]
     assert found[0].own == (pytest.approx(0.8), pytest.approx(0.5))
     assert found[0].other == (pytest.approx(0.5), pytest.approx(0.8))
+    assert found[0].able == (pytest.approx(0.8), pytest.approx(0.4 / 0.9))
     assert found[1].own[1] is None  # the network itself does no better than random masks
     assert all(pair.index is not None and math.isfinite(pair.index[0]) for pair in found)
     assert retention(0.3, 0.3, 0.3) is None

@@ -443,7 +443,7 @@ def run(arguments: list[str]) -> int:
 
     0, 1 if runs of a sweep failed, 2 for bad input (stderr says what), or 130 for Ctrl-C.
     """
-    _announce_compilation()
+    _speak_up()
     try:
         code: Any = app(args=arguments, prog_name="sublens", standalone_mode=False)
     except typer.Abort:
@@ -459,12 +459,14 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _announce_compilation() -> None:
-    """Let it be said on stderr that loops are compiled: half a minute without a word looks like a fault."""
-    log = logging.getLogger("sublens.kernels")
-    if not log.handlers:
-        log.addHandler(_ToStderr())
-        log.setLevel(logging.INFO)
+def _speak_up() -> None:
+    """Let it be said on stderr that loops are compiled (half a minute without a word looks like a fault), and what
+    makes a run's masks worthless."""
+    for name in ("sublens.kernels", "sublens.inspection"):
+        log = logging.getLogger(name)
+        if not log.handlers:
+            log.addHandler(_ToStderr())
+            log.setLevel(logging.INFO)
 
 
 class _ToStderr(logging.Handler):

@@ -17,7 +17,7 @@ from sublens.analysis.accuracy import accuracies, first_half, interrogate, measu
 from sublens.analysis.chance import Distribution, shared_by_chance, total
 from sublens.analysis.overlap import overlap
 from sublens.analysis.stability import stability
-from sublens.analysis.verdict import Evidence, Excluded, gather, judge, retention, sharing_index
+from sublens.analysis.verdict import Evidence, Excluded, ability, gather, judge, retention, sharing_index
 from sublens.intervals import t_interval
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Distribution",
     "Evidence",
     "Excluded",
+    "ability",
     "ablate",
     "ablate_layers",
     "ablated",

@@ -16,7 +16,9 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
 **Rule.** With retention r = (accuracy under the mask - random masks' accuracy) / (the network's - random masks'):
 
 - A function is *kept* under a mask if r >= 0.75, and *lost* if r <= 0.25.
-- A mask is *evidence* if it keeps its own function, and is settled: at most two fifths of its gates ended with a keep
+- A mask is *evidence* if it keeps its own function, if that function is there to be kept - its accuracy lies at least
+  half-way from random masks' to 1, or a network that never learned it would lend its mask a retention of 1 -, and if it
+  is settled: at most two fifths of its gates ended with a keep
   probability between 0.1 and 0.9. One that is not still keeps what no task needs, and shares that with every other.
 - Two tasks use *different weights* if the interval of their sharing index lies below 0.75, and *the same weights* if it
   lies above. Three quarters is a convention; the index stands beside the verdict.
@@ -29,7 +31,8 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
   where a study has no two tasks of one function.
 - Some studies ask by what a task *excludes* (sections 3.3 to 3.5 of the paper): the whole network can do it, and the
   task's mask is trained without it. What is left of it under that mask is (accuracy under it - random masks' accuracy)
-  / (the control mask's - random masks'). It is evidence if the task's mask is, and if the control mask keeps it.
+  / (the control mask's - random masks'). It is evidence if the task's mask is, and if the control mask keeps it, as
+  its own function.
   Inputs *held back* ask the same function: P_reuse **holds** if three quarters are left, and **fails** if less than
   half is. What is *left out* is another function: P_specialize **holds** if at most a quarter is left, and **fails** if
   three quarters are; here accuracies count from 0, since random masks that leave most of a redundant network's answers
@@ -50,6 +53,7 @@ KEPT, LOST = 0.75, 0.25
 HALF = 0.5
 SAME = 0.75
 UNSURE = 0.4
+ABLE = 0.5
 _RESAMPLES = 1000
 _LEVEL = 0.95
 _CHUNK = 4_000_000  # numbers drawn at a time
@@ -66,6 +70,7 @@ class Evidence:
         other: retention of the second task under the first's mask, and of the first under the second's.
         unsure: share of each mask's gates that ended between keep probabilities of 0.1 and 0.9; ``None`` if not known,
             as for masks that were not trained by gates.
+        able: how far each task's accuracy under its own mask is from random masks' (0) to 1; ``None`` if not known.
         index: sharing index: value, and lower and upper edge; ``None`` if no task of the two was trained twice.
     """
 
@@ -75,6 +80,7 @@ class Evidence:
     other: tuple[float | None, float | None]
     index: tuple[float, float, float] | None
     unsure: tuple[float | None, float | None] = (None, None)
+    able: tuple[float | None, float | None] = (None, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,8 @@ class Excluded:
         control: retention of what is excluded, under the control mask.
         left: what is left of it under the task's mask, measured by the control mask.
         unsure: share of the task's gates that ended between keep probabilities of 0.1 and 0.9; ``None`` if not known.
+        able: how far the accuracy is from random masks' (0) to 1, of what the task's mask was trained on under that
+            mask, and of what is excluded under the control mask; ``None`` if not known.
     """
 
     task: str
@@ -96,6 +104,7 @@ class Excluded:
     control: float | None
     left: float | None
     unsure: float | None = None
+    able: tuple[float | None, float | None] = (None, None)
 
 
 def sharing_index(
@@ -167,6 +176,11 @@ def retention(accuracy: float, whole: float, chance: float) -> float | None:
     return (accuracy - chance) / (whole - chance) if whole - chance > 1e-9 else None
 
 
+def ability(accuracy: float, chance: float) -> float:
+    """Return how far an accuracy is from that of random masks (0) to 1; 1 if random masks have 1 too."""
+    return (accuracy - chance) / (1 - chance) if chance < 1 else 1.0
+
+
 def gather(
     functions: Mapping[str, str],
     masks: Mapping[str, Mask],
@@ -194,8 +208,14 @@ def gather(
         seed: of the bootstrap.
     """
 
+    def by_chance(mask: str, task: str) -> float:
+        return chance.get(mask, {}).get(task, 0.0)
+
     def left(mask: str, task: str) -> float | None:
-        return retention(accuracy[mask][task], whole[task], chance.get(mask, {}).get(task, 0.0))
+        return retention(accuracy[mask][task], whole[task], by_chance(mask, task))
+
+    def able(task: str) -> float:
+        return ability(accuracy[task][task], by_chance(task, task))
 
     found = []
     for first, second in combinations(functions, 2):
@@ -208,6 +228,7 @@ def gather(
                 own=(left(first, first), left(second, second)),
                 other=(left(first, second), left(second, first)),
                 unsure=((unsure or {}).get(first), (unsure or {}).get(second)),
+                able=(able(first), able(second)),
                 index=sharing_index(masks[first], masks[second], same, layers=layers, seed=seed),
             )
         )
@@ -246,6 +267,7 @@ def judge(evidence: Sequence[Evidence], excluded: Sequence[Excluded] = ()) -> di
                 "own": list(pair.own),
                 "other": list(pair.other),
                 "unsure": list(pair.unsure),
+                "able": list(pair.able),
                 "index": None if pair.index is None else dict(zip(("mean", "low", "high"), pair.index, strict=True)),
             }
             for pair in evidence
@@ -266,7 +288,7 @@ def _property(found: Sequence[tuple[str, str]], nothing: str) -> dict[str, str]:
 
 
 def _specializes(pair: Evidence) -> tuple[str, str]:
-    doubt = _doubt(pair.tasks, pair.own, pair.unsure)
+    doubt = _doubt(pair.tasks, pair.own, pair.unsure, pair.able)
     if doubt:
         return doubt
     weights, sharing = _weights(pair)
@@ -287,7 +309,7 @@ def _specializes(pair: Evidence) -> tuple[str, str]:
 
 
 def _reuses(pair: Evidence) -> tuple[str, str]:
-    doubt = _doubt(pair.tasks, pair.own, pair.unsure)
+    doubt = _doubt(pair.tasks, pair.own, pair.unsure, pair.able)
     if doubt:
         return doubt
     weights, sharing = _weights(pair)
@@ -318,18 +340,33 @@ def _loses_left_out(one: Excluded) -> tuple[str, str]:
 
 def _left_of(one: Excluded, does: str) -> tuple[tuple[str, str] | None, float, str]:
     """Return why it is no evidence, if it is none; else what is left, and that in words."""
-    doubt = _doubt((one.task,), (one.own,), (one.unsure,))
+    doubt = _doubt((one.task,), (one.own,), (one.unsure,), one.able[:1])
     if doubt is None and (one.control is None or one.left is None or one.control < KEPT):
         known = one.control is not None and one.left is not None
         what = f"is only {_percent(one.control or 0.0)}" if known else "cannot be measured"
         doubt = "undecided", f"what is left under the control mask of what {one.task} {does} {what}"
+    if doubt is None and one.able[1] is not None and one.able[1] < ABLE:
+        doubt = "undecided", _unable(f"what {one.task} {does}", "the control mask", one.able[1])
     left = one.left or 0.0
     return doubt, left, f"of what {one.task} {does}, its mask has {_percent(left)} of what the control mask has"
 
 
+def _unable(what: str, mask: str, able: float) -> str:
+    return (
+        f"{what} is hardly answered under {mask}: {_percent(able)} of the way from random masks to all right, where"
+        f" {100 * ABLE:.0f} % are asked for. A function that the network has not learned has no weights to be found"
+    )
+
+
 def _doubt(
-    tasks: Sequence[str], own: Sequence[float | None], unsure_of: Sequence[float | None]
+    tasks: Sequence[str],
+    own: Sequence[float | None],
+    unsure_of: Sequence[float | None],
+    able_of: Sequence[float | None],
 ) -> tuple[str, str] | None:
+    for task, able in zip(tasks, able_of, strict=True):
+        if able is not None and able < ABLE:
+            return "undecided", _unable(task, "its own mask", able)
     for task, unsure in zip(tasks, unsure_of, strict=True):
         if unsure is not None and unsure > UNSURE:
             return "undecided", (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import platform
 import time
@@ -16,7 +17,8 @@ from torch import nn
 
 import sublens
 from sublens.analysis import accuracies, interrogate, measuring, overlap
-from sublens.answers import Answer
+from sublens.analysis.verdict import ABLE
+from sublens.answers import Answer, percent
 from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
 from sublens.fit.batches import random_state_kept, seed_torch
@@ -30,6 +32,8 @@ from sublens.mask import Mask
 from sublens.questions import Found, ask, keep_histogram, unsure_share
 from sublens.selection import Where, match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
+
+log = logging.getLogger("sublens.inspection")
 
 CHECKPOINT_EVERY = 1000
 _PACKAGES = ("torch", "numba", "numpy", "safetensors")
@@ -212,7 +216,20 @@ def network_of(study: Study, seed: int, folder: Folder, weights: Path | None, pr
     folder.finish("network", history, seconds)
     save_network(net, folder.network)
     folder.forget("network")
+    _tell_what_is_not_learned(study, net)
     return net
+
+
+def _tell_what_is_not_learned(study: Study, net: nn.Module) -> None:
+    """Warn before hours are spent on masks of functions that are not there."""
+    poor = [f"{name} in {percent(value)}" for name, value in accuracies(net, _metrics(study)).items() if value < ABLE]
+    if poor:
+        log.warning(
+            "sublens: the network answers only %s. A mask cannot find what the network has not learned, and the verdict"
+            " will count such a mask as no evidence. Train the network longer (network_steps) or with another seed, or"
+            " give weights that are trained (--network).",
+            ", ".join(poor),
+        )
 
 
 def _mask(

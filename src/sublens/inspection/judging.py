@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from sublens.analysis import Excluded, accuracies, gather, judge, retention
+from sublens.analysis import Excluded, ability, accuracies, gather, judge, retention
 from sublens.groups import Grouping
 from sublens.mask import Mask
 from sublens.selection import match_names
@@ -79,4 +79,5 @@ def _evidence_of(found: dict[str, Any], answers: dict[str, Any], unsure: dict[st
         control=retention(found["control"], found["network"], chance),
         left=retention(found["mask"], found["control"], chance),
         unsure=unsure.get(name),
+        able=(ability(under["accuracy"][name], own_chance), ability(found["control"], chance)),
     )
