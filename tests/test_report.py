@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from sublens import FileError
 from sublens.answers import Answer, Bars, Histogram, Lines, Matrix, Picture, Series, Spread, Table
-from sublens.report import figures, read, sentences, write_report
+from sublens.report import answer_figures, figures, read, sentences, write_report
 
 SIZES = {"layers.0.weight": 16_800, "layers.1.weight": 160_000, "layers.2.weight": 80_000, "layers.3.weight": 4_000}
 KEPT = {
@@ -450,3 +451,29 @@ def test_the_report_does_not_load_torch(run):
 
 if __name__ == "__main__":  # python tests/test_report.py FOLDER: the page of the run above, to be looked at
     print(write_report(folder_of(Path(sys.argv[1]), result_with_answers(), history())))
+
+
+@pytest.mark.parametrize(
+    "names", [["a", "b"], [f"permutation-{k}" for k in range(1, 12)], [f"t{k}" for k in range(12)]]
+)
+def test_names_under_lines_do_not_run_into_each_other(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes: list[Any] = []
+    angles: set[float] = set()
+
+    def drawn(figure: Any, name: str) -> Any:
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        angles.update(label.get_rotation() for label in axes.get_xticklabels())
+        boxes.extend(label.get_window_extent() for label in axes.get_xticklabels())
+        return original(figure, name)
+
+    original = answer_figures.drawn
+    monkeypatch.setattr(answer_figures, "drawn", drawn)
+    lines = Lines(title="t", label="y", x_label="x", x=names, series=[Series(name="s", values=[0.5] * len(names))])
+    answer_figures.draw(lines, "figure")
+    assert len(boxes) == len(names)
+    if angles == {0.0}:
+        assert all(before.x1 < after.x0 for before, after in pairwise(boxes))
+    else:  # slanted names lie beside each other if they begin further apart than they are high
+        assert all(after.x1 - before.x1 > 11 for before, after in pairwise(boxes))
+    assert angles == ({30.0} if len(names[-1]) > 3 else {0.0})

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BY_CHANCE = "by chance"
+_LETTER = 0.075  # inches that a letter at an axis takes
 # One hue that gets darker, and two that meet in white: both read in grey by their numbers, and to any eye.
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#f4f8fb", "#9cc7e4", "#3f8fc7", "#0b4f80"])
 _DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#9a4a00", "#e79a5b", "#f7f7f7", "#7db2d9", "#0b5a92"])
@@ -149,7 +150,10 @@ def _lines(lines: Lines, name: str) -> Drawing:
                 chance_named = True
         if named:
             every = -(-len(places) // 12)
-            axes.set_xticks(places[::every], [shorten(str(x), 18) for x in lines.x[::every]])
+            shown = [shorten(str(x), 18) for x in lines.x[::every]]
+            # Side by side they take this much of a line of text.
+            long = len(shown) * (max(map(len, shown), default=0) + 2) * _LETTER > 0.85 * WIDTH
+            axes.set_xticks(places[::every], shown, rotation=30 if long else 0, ha="right" if long else "center")
         elif lines.log:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -228,7 +232,7 @@ def _matrix(matrix: Matrix, name: str) -> Drawing:
         rows, columns = list(map(shorten, matrix.rows)), [shorten(column, 18) for column in matrix.columns]
         every_row, every = -(-len(rows) // 40), -(-len(columns) // 30)
         axes.set_yticks([place + 0.5 for place in range(len(rows))][::every_row], rows[::every_row])
-        long = max(map(len, columns), default=0) > max(2, round(cell / 0.075))
+        long = max(map(len, columns), default=0) > max(2, round(cell / _LETTER))
         axes.set_xticks(
             [place + 0.5 for place in range(len(columns))][::every],
             columns[::every],
