@@ -272,7 +272,7 @@ def judge(evidence: Sequence[Evidence], excluded: Sequence[Excluded] = ()) -> di
             }
             for pair in evidence
         ],
-        "excluded": [asdict(one) for one in excluded],
+        "excluded": [{**asdict(one), "able": list(one.able)} for one in excluded],
     }
 
 
