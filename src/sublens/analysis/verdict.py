@@ -16,10 +16,10 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
 **Rule.** With retention r = (accuracy under the mask - random masks' accuracy) / (the network's - random masks'):
 
 - A function is *kept* under a mask if r >= 0.75, and *lost* if r <= 0.25.
-- A mask is *evidence* if it keeps its own function, if that function is there to be kept - its accuracy lies at least
-  half-way from random masks' to 1, or a network that never learned it would lend its mask a retention of 1 -, and if it
-  is settled: at most two fifths of its gates ended with a keep
-  probability between 0.1 and 0.9. One that is not still keeps what no task needs, and shares that with every other.
+- A mask is *evidence* if it keeps its own function, solves it, and is settled. Solves: its accuracy lies at least
+  half-way from random masks' to 1. Of what a network never learned, a mask of anything has a retention of 1. Settled:
+  at most two fifths of its gates ended with a keep probability between 0.1 and 0.9. One that is not still keeps what no
+  task needs, and shares that with every other.
 - Two tasks use *different weights* if the interval of their sharing index lies below 0.75, and *the same weights* if it
   lies above. Three quarters is a convention; the index stands beside the verdict.
 - P_specialize **holds** if, for every two tasks of different functions, both masks are evidence, each function is lost
@@ -31,10 +31,9 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
   where a study has no two tasks of one function.
 - Some studies ask by what a task *excludes* (sections 3.3 to 3.5 of the paper): the whole network can do it, and the
   task's mask is trained without it. What is left of it under that mask is (accuracy under it - random masks' accuracy)
-  / (the control mask's - random masks'). It is evidence if the task's mask is, and if the control mask keeps it, as
-  its own function.
-  Inputs *held back* ask the same function: P_reuse **holds** if three quarters are left, and **fails** if less than
-  half is. What is *left out* is another function: P_specialize **holds** if at most a quarter is left, and **fails** if
+  / (the control mask's - random masks'). It is evidence if the task's mask is, and if the control mask keeps
+  and solves it. Inputs *held back* ask the same function: P_reuse **holds** if three quarters are left, and **fails**
+  if less than half is. What is *left out* is another function: P_specialize **holds** if at most a quarter is left, and **fails** if
   three quarters are; here accuracies count from 0, since random masks that leave most of a redundant network's answers
   right would make any loss look total. Between, both are **undecided**.
 """
@@ -53,7 +52,7 @@ KEPT, LOST = 0.75, 0.25
 HALF = 0.5
 SAME = 0.75
 UNSURE = 0.4
-ABLE = 0.5
+ABLE = 0.5  # a convention too: half of what can be learned
 _RESAMPLES = 1000
 _LEVEL = 0.95
 _CHUNK = 4_000_000  # numbers drawn at a time

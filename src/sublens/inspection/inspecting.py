@@ -226,8 +226,8 @@ def _tell_what_is_not_learned(study: Study, net: nn.Module) -> None:
     if poor:
         log.warning(
             "sublens: the network answers only %s. A mask cannot find what the network has not learned, and the verdict"
-            " will count such a mask as no evidence. Train the network longer (network_steps) or with another seed, or"
-            " give weights that are trained (--network).",
+            " counts a mask as evidence only if its task is at least half solved. Train the network longer"
+            " (network_steps) or with another seed, or give weights that are trained (--network).",
             ", ".join(poor),
         )
 
