@@ -33,9 +33,9 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
   task's mask is trained without it. What is left of it under that mask is (accuracy under it - random masks' accuracy)
   / (the control mask's - random masks'). It is evidence if the task's mask is, and if the control mask keeps
   and solves it. Inputs *held back* ask the same function: P_reuse **holds** if three quarters are left, and **fails**
-  if less than half is. What is *left out* is another function: P_specialize **holds** if at most a quarter is left, and **fails** if
-  three quarters are; here accuracies count from 0, since random masks that leave most of a redundant network's answers
-  right would make any loss look total. Between, both are **undecided**.
+  if less than half is. What is *left out* is another function: P_specialize **holds** if at most a quarter is left, and
+  **fails** if three quarters are; here accuracies count from 0, since random masks that leave most of a redundant
+  network's answers right would make any loss look total. Between, both are **undecided**.
 """
 
 from collections.abc import Mapping, Sequence
