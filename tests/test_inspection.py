@@ -112,7 +112,7 @@ def test_the_run_folder_holds_what_it_should(finished: Path) -> None:
     assert result["overlap"]["masks"] == ["low", "high"]
     assert result["repeats"]["low"]["overlap"]["masks"] == ["low", "low-repeat"]
     assert set(result["confusion"]) == {"network", "both", "low", "high"}
-    assert set(result["verdict"]) == {"specialize", "reuse", "pairs", "excluded"}
+    assert set(result["verdict"]) == {"specialize", "reuse", "pairs", "excluded", "reused"}
     assert [pair["tasks"] for pair in result["verdict"]["pairs"]] == [["low", "high"]]
     counts = Answer.from_json(result["analysis"]["gates"]).figures[0]
     assert isinstance(counts, Histogram)

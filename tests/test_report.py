@@ -140,6 +140,7 @@ def result_with_answers() -> dict[str, Any]:
         "specialize": {"verdict": "holds", "because": "add and mul share 0.41 of it."},
         "reuse": {"verdict": "undecided", "because": "no two tasks <ask> the same."},
         "pairs": [{"tasks": ["add", "mul"], "index": {"mean": 0.41, "low": 0.4, "high": 0.42}}],
+        "reused": [{"task": "mul", "share": {"mean": 0.25, "low": 0.2, "high": 0.3}}, {"task": "add", "share": None}],
     }
     answers = {name: answer.as_json() for name, answer in ANSWERS.items()}
     return {**result(), "verdict": verdict, "analysis": {"bars": answers["bars"]}, "answers": answers}
@@ -295,6 +296,7 @@ def test_the_verdict_stands_on_top(run):
     assert "the same weights): undecided. No two tasks <ask> the same." in " ".join(seen.text.split())
     assert seen.text.index("Verdict") < seen.text.index(ANSWERS["bars"].title) < seen.text.index("Weights kept")
     assert read(run).sharing == {"add and mul": 0.41}
+    assert read(run).reused == {"mul": 0.25}
 
 
 def test_every_sentence_follows_its_numbers(tmp_path):
@@ -408,6 +410,7 @@ def damaged(change: Any) -> dict[str, Any]:
             json.dumps(damaged(lambda c: c["verdict"].update(pairs=[{"tasks": ["add"]}]))),
             "does not name its two tasks",
         ),
+        (json.dumps(damaged(lambda c: c["verdict"].update(reused={"mul": 1}))), "verdict.reused is an object"),
         (
             json.dumps(damaged(lambda c: c["answers"].update(bars={}))),
             "the answer to bars cannot be shown: Answer: lacks",

@@ -405,7 +405,9 @@ def test_reuse_is_the_share_of_a_mask_that_earlier_ones_keep() -> None:
     masks["brightness"] = mask(1, 7, 8, 9)
     compared = permuted_digits.reuse(asked_of(network, masks, study))
     assert compared.numbers == {**answer.numbers, "reused_by_another_function": 1 / 4}
-    assert "it is 25.0\xa0% (random masks 60.0\xa0%)" in compared.sentence
+    assert "it is 25.0\xa0% (random masks 60.0\xa0%), no more than by chance" in compared.sentence
+    like_it = permuted_digits.reuse(asked_of(network, {**masks, "brightness": mask(0, 1, 2, 3, 4, 5)}, study))
+    assert "it is 100.0\xa0% (random masks 60.0\xa0%): of what a permutation uses again, that much" in like_it.sentence
     nothing = permuted_digits.reuse(asked_of(network, {**masks, "brightness": mask()}, study))
     assert "keeps nothing to compare" in nothing.sentence
 

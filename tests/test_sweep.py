@@ -238,7 +238,7 @@ def run_with(seed, accuracy, iou, **changes):
             for name, of in (("t", values_of["first"]), ("all", values_of["control"]))
         },
         overlaps=(Overlap("t", "u", values, {}),), repeats={}, confusion={}, history={}, answers={}, analysis={},
-        sharing={"t and u": accuracy - 1},
+        sharing={"t and u": accuracy - 1}, reused={"t": accuracy / 2},
         verdict={"reuse": Verdict("P", "holds" if iou == 0.25 else "fails", "so")}, **changes,
     )  # fmt: skip
 
@@ -262,6 +262,8 @@ def test_the_table_by_hand():
     assert two.find(("iou", "t and u", "")).chance.mean == 0.25
     assert one.find(("index", "t and u", "")).values == (-0.5, 0.0)
     assert one.find(("index", "t and u", "")).chance.mean == 0
+    reused = one.find(("reused", "t", ""))
+    assert (reused.values, reused.chance.mean, reused.name) == ((0.25, 0.5), 0, "t: reused share")
     assert one.verdicts == {"reuse": {"holds": 1, "fails": 1, "undecided": 0}}
     # Student's t with one degree of freedom: 12.7062 standard errors (0.25) either way.
     assert own.seen.interval == pytest.approx((0.75 - 12.7062 * 0.25, 0.75 + 12.7062 * 0.25), abs=1e-4)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from sublens.analysis import reused_share
 from sublens.errors import NonFiniteError, SelectionError, SettingError, StudyError
 from sublens.gates import GumbelSigmoid
 from sublens.inspection import inspect, used_before
@@ -136,6 +137,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def verdict_of(folder: Path) -> dict[str, Any]:
+    verdict: dict[str, Any] = json.loads((folder / "result.json").read_text())["verdict"]
+    return verdict
+
+
 def masks_of(folder: Path) -> dict[str, Mask]:
     return {name: Mask.load(folder / "masks" / f"{name}.safetensors") for name in NAMES}
 
@@ -180,6 +186,28 @@ def test_used_weights_are_frozen_and_all_others_trained(finished: Path) -> None:
     assert torch.equal(used_before(masks, "two")["2.weight"], masks["zero"]["2.weight"] | masks["one"]["2.weight"])
     assert not used_before(masks, "two", ["0"])["0.weight"].any()
     assert used_before(masks, "zero") == {}
+
+
+def test_the_verdict_is_on_what_each_function_takes_up_again(finished: Path, tmp_path: Path) -> None:
+    # By their places: each mask belongs to the network of its own task.
+    masks = {name: Mask({layer: mask[layer] for layer in mask}, "network") for name, mask in masks_of(finished).items()}
+    (one, two), other = verdict_of(finished)["reused"], verdict_of(finished)
+    # Three functions: of each but the first, what was used by any task before, behind the first layer.
+    assert (one["task"], one["same_function"], two["task"], two["same_function"]) == ("one", False, "two", False)
+    layers = [name for name in masks["two"] if not name.startswith("0.")]
+    used = masks["zero"] | masks["one"]
+    kept, both = masks["two"].kept_counts(), (masks["two"] & used).kept_counts()
+    chance = sum(kept[name] * used.kept_counts()[name] / used.sizes()[name] for name in layers)
+    expected = (sum(both[name] for name in layers) - chance) / (sum(kept[name] for name in layers) - chance)
+    assert two["share"]["mean"] == pytest.approx(expected)
+    assert two["unsure"] is not None and two["able"] > 0
+    assert other["reuse"]["because"].startswith("the study has no two tasks")
+    # "two" asks the function of "zero": only what that one used counts; "one" is neither.
+    run(tmp_path / "run", make_study(functions={"zero": "f", "two": "f"}))
+    (again,) = verdict_of(tmp_path / "run")["reused"]
+    assert (again["task"], again["same_function"]) == ("two", True)
+    share = reused_share(masks["two"], masks["zero"], layers=layers)
+    assert share is not None and again["share"]["mean"] == pytest.approx(share[0])
 
 
 def test_each_task_starts_from_weights_of_its_own_and_the_logits_of_the_plan(tmp_path: Path) -> None:

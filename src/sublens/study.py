@@ -179,9 +179,10 @@ class Study:
         confusion: ``confusion(net) -> {told: {answered: share}}``: what a network answers when told each thing.
         functions: task name -> name of the function it asks of the network. Tasks with one name ask the same function,
             tasks with different names different functions; one that is left out is neither. ``None``: every task asks
-            a function of its own.
+            a function of its own. With ``together`` the control is one of the tasks.
         compared: names of the masked parameters (or globs, or enclosing modules) in which the verdict compares masks;
-            ``None``: all. Tasks that read different inputs cannot share the weights of the first layer.
+            ``None``: all. Tasks that read different inputs cannot share the weights of the first layer. (With
+            ``together`` its ``fresh`` layers never count.)
         questions: name -> ``question(asked) -> Answer``: what the study asks of its masks besides what every run asks.
             They are asked in turn when all masks are trained, with torch's random numbers seeded, and their answers
             become sections of the report.
@@ -265,10 +266,11 @@ class Study:
                 " Rename it."
             )
         self._check_questions()
-        unknown = [name for name in self.functions or () if name not in names[1:]]
+        asked = names[1:] if self.together is None else names
+        unknown = [name for name in self.functions or () if name not in asked]
         if unknown:
             raise StudyError(
-                f"Study {self.name!r}: functions names {', '.join(unknown)}; its tasks: {', '.join(names[1:])}."
+                f"Study {self.name!r}: functions names {', '.join(unknown)}; its tasks: {', '.join(asked)}."
             )
         unknown = [name for name in self.repeated if name not in names]
         if unknown:

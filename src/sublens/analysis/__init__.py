@@ -16,8 +16,9 @@ from sublens.analysis.ablation import (
 from sublens.analysis.accuracy import accuracies, first_half, interrogate, measuring
 from sublens.analysis.chance import Distribution, shared_by_chance, total
 from sublens.analysis.overlap import overlap
+from sublens.analysis.sharing import reused_share, sharing_index
 from sublens.analysis.stability import stability
-from sublens.analysis.verdict import Evidence, Excluded, ability, gather, judge, retention, sharing_index
+from sublens.analysis.verdict import Evidence, Excluded, Reused, ability, gather, judge, retention
 from sublens.intervals import t_interval
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Distribution",
     "Evidence",
     "Excluded",
+    "Reused",
     "ability",
     "ablate",
     "ablate_layers",
@@ -42,6 +44,7 @@ __all__ = [
     "minimality",
     "overlap",
     "retention",
+    "reused_share",
     "shared_by_chance",
     "sharing_index",
     "stability",

@@ -36,6 +36,13 @@ That of other seeds takes several runs (``sublens sweep --seeds``). Of an accura
   if less than half is. What is *left out* is another function: P_specialize **holds** if at most a quarter is left, and
   **fails** if three quarters are; here accuracies count from 0, since random masks that leave most of a redundant
   network's answers right would make any loss look total. Between, both are **undecided**.
+- Where weights and masks train together (permuted digits), a task finds the weights that earlier masks keep, frozen,
+  and may use them or others. Of a mask that keeps a weights, c of which were used before, and e if it were random, the
+  *reused share* is (c - e) / (a - e). Asked is the last task of every function that had its like before: P_reuse
+  **holds** if the interval of its reused share lies above three quarters, and **fails** if it lies below a half. And
+  the first task of every further function: P_specialize **holds** if the interval lies below a quarter, and **fails**
+  if it lies above three quarters. Between, both are **undecided**. (There is a gap, since nothing here measures how
+  much the very same task would reuse.) The mask must solve its task and be settled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,8 +50,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
+from sublens.analysis.sharing import sharing_index
 from sublens.answers import percent
 from sublens.mask import Mask
 
@@ -53,9 +59,6 @@ HALF = 0.5
 SAME = 0.75
 UNSURE = 0.4
 ABLE = 0.5  # a convention too: half of what can be learned
-_RESAMPLES = 1000
-_LEVEL = 0.95
-_CHUNK = 4_000_000  # numbers drawn at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,68 +109,23 @@ class Excluded:
     able: tuple[float | None, float | None] = (None, None)
 
 
-def sharing_index(
-    first: Mask,
-    second: Mask,
-    same: Sequence[tuple[Mask, Mask]],
-    *,
-    layers: Sequence[str] | None = None,
-    seed: int = 0,
-) -> tuple[float, float, float] | None:
-    """Return the sharing index of two masks (see the module), and the 95 % bootstrap interval.
+@dataclass(frozen=True, kw_only=True)
+class Reused:
+    """What is known of a task that was trained beside frozen weights of earlier ones.
 
-    Args:
-        first: one mask.
-        second: the other.
-        same: pairs of masks of the same task each, trained twice; their mean is what the index is measured in.
-        layers: names of the layers that are compared; ``None``: all.
-        seed: of the bootstrap.
-
-    Returns:
-        Index, lower and upper edge; ``None`` if ``same`` is empty, or shares no more than random masks do.
+    Attributes:
+        task: its name.
+        same_function: whether the earlier tasks whose weights are meant ask its function, or others.
+        share: reused share of its mask: value, and lower and upper edge; ``None`` if it cannot be had.
+        unsure: share of the mask's gates that ended between keep probabilities of 0.1 and 0.9; ``None`` if not known.
+        able: how far the task's accuracy under its mask is from random masks' (0) to 1; ``None`` if not known.
     """
-    names = list(first.names) if layers is None else list(layers)
-    pairs = [(first, second), *same]
-    random = np.random.default_rng(seed)
-    # For each pair: kept by each, by both, and expected by chance; once as they are, then resampled.
-    sums = np.zeros((len(pairs), 4, 1 + _RESAMPLES))
-    for name in names:
-        rows, size = _rows(pairs, name)
-        counts = np.concatenate([rows.sum(2, keepdims=True), _resampled(rows, random)], axis=2)
-        sums[:, :3] += counts
-        sums[:, 3] += counts[:, 0] * counts[:, 1] / size
-    mine, others, both, chance = (sums[:, part] for part in range(4))
-    room = np.minimum(mine, others) - chance
-    sharing = np.divide(both - chance, room, out=np.full_like(room, np.nan), where=room > 1e-9)
-    if not same or np.isnan(sharing[:, 0]).any() or sharing[1:, 0].mean() <= 0:
-        return None
-    index = sharing[0] / sharing[1:].mean(0)
-    edges = np.nanquantile(index[1:], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return float(index[0]), float(edges[0]), float(edges[1])
 
-
-def _resampled(rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return the sums over rows (the last axis) of each resample, in little memory for layers of many rows."""
-    count = rows.shape[2]
-    chunk = max(1, _CHUNK // count)
-    parts = []
-    for start in range(0, _RESAMPLES, chunk):
-        size = min(chunk, _RESAMPLES - start)
-        times = random.multinomial(count, np.full(count, 1 / count), size=size).astype(float)
-        parts.append(rows @ times.T)
-    return np.concatenate(parts, axis=2)
-
-
-def _rows(pairs: Sequence[tuple[Mask, Mask]], name: str) -> tuple[np.ndarray, int]:
-    """Return for each pair, of each row of a layer, what each mask keeps and what both keep, and the layer's size."""
-    found = []
-    size = 0
-    for first, second in pairs:
-        mine, others = (mask[name].numpy() for mask in (first, second))
-        size = mine.size
-        mine, others = (kept.reshape(kept.shape[0], -1) if kept.ndim else kept.reshape(1, 1) for kept in (mine, others))
-        found.append([mine.sum(1), others.sum(1), (mine & others).sum(1)])
-    return np.asarray(found, dtype=float), size
+    task: str
+    same_function: bool
+    share: tuple[float, float, float] | None
+    unsure: float | None = None
+    able: float | None = None
 
 
 def retention(accuracy: float, whole: float, chance: float) -> float | None:
@@ -234,16 +192,19 @@ def gather(
     return found
 
 
-def judge(evidence: Sequence[Evidence], excluded: Sequence[Excluded] = ()) -> dict[str, Any]:
+def judge(
+    evidence: Sequence[Evidence], excluded: Sequence[Excluded] = (), reused: Sequence[Reused] = ()
+) -> dict[str, Any]:
     """Return the verdict on both properties by the rule of this module.
 
     Args:
         evidence: of every two tasks.
         excluded: of every task whose training excludes something that the network can do.
+        reused: of tasks that were trained beside frozen weights of earlier ones.
 
     Returns:
         ``specialize`` and ``reuse``: ``verdict`` (``"holds"``, ``"fails"`` or ``"undecided"``) and ``because``, a
-        sentence; ``pairs`` and ``excluded``: the evidence.
+        sentence; ``pairs``, ``excluded`` and ``reused``: the evidence.
     """
     different = [pair for pair in evidence if not pair.same_function]
     alike = [pair for pair in evidence if pair.same_function]
@@ -252,11 +213,16 @@ def judge(evidence: Sequence[Evidence], excluded: Sequence[Excluded] = ()) -> di
             [
                 *(_specializes(pair) for pair in different),
                 *(_loses_left_out(one) for one in excluded if not one.same_function),
+                *(_leaves_alone(one) for one in reused if not one.same_function),
             ],
             "no two tasks of different functions were compared",
         ),
         "reuse": _property(
-            [*(_reuses(pair) for pair in alike), *(_keeps_held_back(one) for one in excluded if one.same_function)],
+            [
+                *(_reuses(pair) for pair in alike),
+                *(_keeps_held_back(one) for one in excluded if one.same_function),
+                *(_takes_up(one) for one in reused if one.same_function),
+            ],
             "the study has no two tasks of the same function",
         ),
         "pairs": [
@@ -267,12 +233,17 @@ def judge(evidence: Sequence[Evidence], excluded: Sequence[Excluded] = ()) -> di
                 "other": list(pair.other),
                 "unsure": list(pair.unsure),
                 "able": list(pair.able),
-                "index": None if pair.index is None else dict(zip(("mean", "low", "high"), pair.index, strict=True)),
+                "index": _as_json(pair.index),
             }
             for pair in evidence
         ],
         "excluded": [{**asdict(one), "able": list(one.able)} for one in excluded],
+        "reused": [{**asdict(one), "share": _as_json(one.share)} for one in reused],
     }
+
+
+def _as_json(interval: tuple[float, float, float] | None) -> dict[str, float] | None:
+    return None if interval is None else dict(zip(("mean", "low", "high"), interval, strict=True))
 
 
 def _property(found: Sequence[tuple[str, str]], nothing: str) -> dict[str, str]:
@@ -337,6 +308,42 @@ def _loses_left_out(one: Excluded) -> tuple[str, str]:
     return "undecided", f"{text}: it is neither kept nor lost"
 
 
+def _takes_up(one: Reused) -> tuple[str, str]:
+    doubt, low, high, text = _reused_by(one)
+    if doubt:
+        return doubt
+    if low >= KEPT:
+        return "holds", f"{text}, above {100 * KEPT:.0f} %"
+    if high < HALF:
+        return "fails", f"{text}, less than half"
+    return "undecided", f"{text}: neither above three quarters nor less than half"
+
+
+def _leaves_alone(one: Reused) -> tuple[str, str]:
+    doubt, low, high, text = _reused_by(one)
+    if doubt:
+        return doubt
+    if high <= LOST:
+        return "holds", f"{text}, below {100 * LOST:.0f} %"
+    if low >= KEPT:
+        return "fails", f"{text}, above {100 * KEPT:.0f} %"
+    return "undecided", f"{text}: neither below a quarter nor above three quarters"
+
+
+def _reused_by(one: Reused) -> tuple[tuple[str, str] | None, float, float, str]:
+    """Return why it is no evidence, if it is none; else the edges of the reused share, and that in words."""
+    doubt = _doubt((one.task,), None, (one.unsure,), (one.able,))
+    if doubt is None and one.share is None:
+        doubt = "undecided", f"which weights the {one.task} mask uses again cannot be measured"
+    share, low, high = one.share or (0.0, 0.0, 0.0)
+    whose = "tasks of its function" if one.same_function else "tasks of other functions"
+    text = (
+        f"of the {one.task} mask {_percent(share)} beyond chance (95 % interval {_percent(low)} to {_percent(high)})"
+        f" are weights that {whose} used before"
+    )
+    return doubt, low, high, text
+
+
 def _left_of(one: Excluded, does: str) -> tuple[tuple[str, str] | None, float, str]:
     """Return why it is no evidence, if it is none; else what is left, and that in words."""
     doubt = _doubt((one.task,), (one.own,), (one.unsure,), one.able[:1])
@@ -359,7 +366,7 @@ def _unable(what: str, mask: str, able: float) -> str:
 
 def _doubt(
     tasks: Sequence[str],
-    own: Sequence[float | None],
+    own: Sequence[float | None] | None,
     unsure_of: Sequence[float | None],
     able_of: Sequence[float | None],
 ) -> tuple[str, str] | None:
@@ -372,7 +379,8 @@ def _doubt(
                 f"the {task} mask is not settled: {_percent(unsure)} of its gates ended between keep probabilities of"
                 " 0.1 and 0.9, so it still keeps weights that no task needs. Train masks longer"
             )
-    for task, left in zip(tasks, own, strict=True):
+    # Of a network that trained along with its mask nothing was there before that could be retained.
+    for task, left in zip(tasks, own, strict=True) if own is not None else ():
         if left is None or left < KEPT:
             what = "cannot be measured" if left is None else f"only {_percent(left)} is left"
             return "undecided", f"the {task} mask does not have its own function ({what}), so it is no evidence"

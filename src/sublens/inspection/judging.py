@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from sublens.analysis import Excluded, ability, accuracies, gather, judge, retention
+from sublens.analysis import Excluded, Reused, ability, accuracies, gather, judge, retention, reused_share
 from sublens.groups import Grouping
+from sublens.inspection.together import used_before
 from sublens.mask import Mask
 from sublens.selection import match_names
-from sublens.study import Study, repeat_of, seed_from
+from sublens.study import Study, Together, repeat_of, seed_from
 
 _DRAWS = 10  # random masks beside what a task excludes: of one class such a mask recognises all or nothing
 
@@ -18,6 +19,8 @@ def verdict_on(
     study: Study, masks: dict[str, Mask], answers: dict[str, Any], unsure: dict[str, float], seed: int
 ) -> dict[str, Any]:
     """Judge the paper's two properties; the rule stands in ``sublens.analysis.verdict``."""
+    if study.together is not None:
+        return judge([], reused=_reused(study, study.together, masks, answers, unsure, seed))
     functions = {task.name: task.name for task in study.tasks} if study.functions is None else study.functions
     layers = None if study.compared is None else match_names(study.compared, masks[study.control.name].names)
     evidence = gather(
@@ -35,6 +38,43 @@ def verdict_on(
         seed=seed_from(seed, "verdict") % 2**32,
     )
     return judge(evidence, [_evidence_of(found, answers, unsure) for found in answers.get("excluded", [])])
+
+
+def _reused(
+    study: Study, plan: Together, masks: dict[str, Mask], answers: dict[str, Any], unsure: dict[str, float], seed: int
+) -> list[Reused]:
+    """Return what each function's last task reuses of its like's weights, and its first of all others'."""
+    order = [study.control.name, *(task.name for task in study.tasks)]
+    named = {name: name for name in order} if study.functions is None else study.functions
+    function_of = {name: named.get(name) for name in order}
+    names = masks[order[0]].names
+    compared = names if study.compared is None else match_names(study.compared, names)
+    anew = match_names(plan.fresh, names) if plan.fresh else []
+    found = []
+    for position, name in enumerate(order):
+        before = [each for each in order[:position] if function_of[each] is not None]
+        alike = [each for each in before if function_of[each] == function_of[name]]
+        last = function_of[name] not in [function_of[each] for each in order[position + 1 :]]
+        if not before or function_of[name] is None or (alike and not last):
+            continue
+        used = Mask(used_before({each: masks[each] for each in alike or before}, name), masks[name].network)
+        accuracy = answers["masks"][name]
+        chance = accuracy.get("random_accuracy", {}).get(name, {}).get("mean", 0.0)
+        found.append(
+            Reused(
+                task=name,
+                same_function=bool(alike),
+                share=reused_share(
+                    masks[name],
+                    used,
+                    layers=[layer for layer in compared if layer not in anew],
+                    seed=seed_from(seed, "verdict", name) % 2**32,
+                ),
+                unsure=unsure.get(name),
+                able=ability(accuracy["accuracy"][name], chance),
+            )
+        )
+    return found
 
 
 def excluded_by(

@@ -13,6 +13,7 @@ from sublens.inspection.folder import Folder
 from sublens.inspection.network import WeightTraining, adam, build_network, load_network, save_network
 from sublens.mask import Mask, fingerprint
 from sublens.masked_network import MaskedNetwork
+from sublens.questions import keep_histogram
 from sublens.selection import match_names
 from sublens.study import Study, Task, Together, seed_from
 
@@ -133,6 +134,7 @@ def _train(
     network.eval()
     mask = masked.mask()
     folder.finish(task.name, history, seconds)
+    folder.note_keep_probabilities(task.name, keep_histogram(logits))
     save_network(network, folder.network_of(task.name))
     mask.save(folder.mask(task.name))  # last: it says that this part is finished
     folder.forget(task.name)

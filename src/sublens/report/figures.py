@@ -185,6 +185,7 @@ _PANELS = (
     ("iou", "IoU", 1, True),
     ("iomin", "IoMin", 1, True),
     ("index", "sharing index", 1, False),
+    ("reused", "reused share", 1, False),
 )
 
 

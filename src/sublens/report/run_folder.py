@@ -83,6 +83,7 @@ class RunFolder:
         answers: name of a question of the study -> its answer.
         analysis: name of a question that every run asks -> its answer.
         sharing: names of two tasks ("add and mul") -> their sharing index.
+        reused: task -> its reused share, of tasks that were trained beside frozen weights of earlier ones.
         verdict: on each property of the paper; empty if none was given.
         history: mask's name -> its records, in order of steps.
     """
@@ -100,6 +101,7 @@ class RunFolder:
     answers: dict[str, Answer]
     analysis: dict[str, Answer]
     sharing: dict[str, float]
+    reused: dict[str, float]
     verdict: dict[str, Verdict]
     history: dict[str, list[Record]]
 
@@ -119,6 +121,7 @@ def read(folder: Path) -> RunFolder:
         raise FileError(f"{path} lacks {', '.join(missing)}: it is not a result of sublens, or the run did not finish.")
     try:
         masks = {name: _mask(entry) for name, entry in _items(result["masks"], "masks")}
+        verdict = _mapping(result.get("verdict") or {}, "verdict")
         return RunFolder(
             study=printable(result["study"]),
             seed=result.get("seed") if isinstance(result.get("seed"), int) else None,
@@ -132,8 +135,9 @@ def read(folder: Path) -> RunFolder:
             confusion=_confusion(result.get("confusion") or {}),
             answers=_answers(result.get("answers") or {}),
             analysis=_answers(result.get("analysis") or {}),
-            sharing=_sharing(_mapping(result.get("verdict") or {}, "verdict").get("pairs") or []),
-            verdict=_verdicts(result.get("verdict") or {}),
+            sharing=_sharing(verdict.get("pairs") or []),
+            reused=_reused(verdict.get("reused") or []),
+            verdict=_verdicts(verdict),
             history=_history(folder / "history.jsonl", list(masks)),
         )
     except _Malformed as error:
@@ -231,10 +235,10 @@ def _answers(value: Any) -> dict[str, Answer]:
     return answers
 
 
-def _verdicts(value: Any) -> dict[str, Verdict]:
+def _verdicts(value: Mapping[str, Any]) -> dict[str, Verdict]:
     verdicts = {}
     for key, name in PROPERTIES.items():
-        if key in _mapping(value, "verdict"):
+        if key in value:
             entry = _mapping(value[key], f"verdict.{key}")
             outcome, because = entry.get("verdict"), entry.get("because")
             if outcome not in ("holds", "fails", "undecided") or not isinstance(because, str):
@@ -256,6 +260,17 @@ def _sharing(value: Any) -> dict[str, float]:
             name = f"{printable(tasks[0])} and {printable(tasks[1])}"
             found[name] = _number(_mapping(index, "index").get("mean"), "index.mean")
     return found
+
+
+def _reused(value: Any) -> dict[str, float]:
+    if not isinstance(value, list):
+        raise _Malformed(f"verdict.reused is {_kind(value)} instead of a list")
+    entries = [_mapping(entry, "verdict.reused") for entry in value]
+    return {
+        printable(entry.get("task")): _number(_mapping(entry["share"], "share").get("mean"), "share.mean")
+        for entry in entries
+        if entry.get("share") is not None
+    }
 
 
 def _printable_throughout(value: Any) -> Any:

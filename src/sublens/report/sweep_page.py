@@ -52,7 +52,7 @@ def sweep_page(title: str, rows: Sequence[Row], failed: Sequence[tuple[str, str]
     return SweepPage(html, {chart["file"]: chart["drawing"] for chart in charts})
 
 
-NUMBERS = ("iou", "iomin", "index")
+NUMBERS = ("iou", "iomin", "index", "reused")
 """The measures that are written as numbers; all others are shares, written in percent."""
 
 
@@ -113,7 +113,7 @@ def _sentence(rows: Sequence[Row], setting: str) -> str:
     parts = []
     for before in first.measures:
         after = last.find((before.what, before.of, before.on))
-        told = before.what in ("kept", "iou", "index") or before.on == before.of
+        told = before.what in ("kept", "iou", "index", "reused") or before.on == before.of
         if after is not None and told:
             parts.append(f"{before.name} {_with_chance(before)} to {_with_chance(after)}")
     start, end = as_text(first.settings.get(setting)), as_text(last.settings.get(setting))

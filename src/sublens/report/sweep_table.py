@@ -36,13 +36,23 @@ class Spread:
     interval: tuple[float, float] | None
 
 
+_CALLED = {
+    "accuracy": "accuracy",
+    "kept": "kept",
+    "iou": "IoU",
+    "iomin": "IoMin",
+    "index": "sharing index",
+    "reused": "reused share",
+}
+
+
 @dataclass(frozen=True)
 class Measure:
     """One measure over the runs of one setting. All values are fractions in 0..1.
 
     Attributes:
-        what: ``"accuracy"``, ``"kept"``, ``"iou"``, ``"iomin"`` or ``"index"``, the sharing
-            index, which may leave 0..1.
+        what: ``"accuracy"``, ``"kept"``, ``"iou"``, ``"iomin"``, or ``"index"``, the sharing index, or ``"reused"``,
+            the reused share (see :mod:`sublens.analysis.verdict`). The last two may leave 0..1.
         of: the mask, or the two masks, it is a measure of.
         on: the task that an accuracy was measured on, else empty.
         values: one for each run, in the order of the runs.
@@ -60,9 +70,7 @@ class Measure:
     @property
     def name(self) -> str:
         """What it is called in a table."""
-        what = {"accuracy": "accuracy", "kept": "kept", "iou": "IoU", "iomin": "IoMin", "index": "sharing index"}[
-            self.what
-        ]
+        what = _CALLED[self.what]
         on = f" on {self.on}" if self.on and self.on != self.of else ""
         return f"{self.of}: {what}{on}"
 
@@ -159,6 +167,8 @@ def _taken(run: RunFolder) -> Iterator[tuple[tuple[str, str, str], float, float 
         yield from _overlap(f"{pair.first} and {pair.second}", pair.total)
     for pair_name, index in run.sharing.items():
         yield ("index", pair_name, ""), index, 0.0  # that of random masks, by its definition
+    for task, share in run.reused.items():
+        yield ("reused", task, ""), share, 0.0  # by its definition too
     for name, again in run.repeats.items():
         yield from _overlap(f"{name} and {name} again", again.total)
 

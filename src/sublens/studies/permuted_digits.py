@@ -104,7 +104,7 @@ def study(
         alpha=1.28e-3,
         samples=8,
         biases=True,
-        functions={},
+        functions={task.name: BRIGHTNESS if task.name == BRIGHTNESS else "digits" for task in tasks},
         questions={"reuse": reuse, "accuracy": accuracy},
         settings={"widths": list(hidden), "permutations": count, "other": other, "images": images.described},
         **{"mask_lr": 1e-2, **chosen},
@@ -161,8 +161,11 @@ def reuse(asked: Asked) -> Answer:
         else:
             compared = (
                 f" Of the mask that asks the images another function, how bright they are, it is {percent(of_another)}"
-                f" (random masks {percent(chance_of_another.mean)}), so that much is used by a task that asks something"
-                " else."
+                f" (random masks {percent(chance_of_another.mean)})"
+            ) + (
+                ": of what a permutation uses again, that much beyond chance would be used whatever is asked."
+                if of_another > chance_of_another.high
+                else ", no more than by chance: what is used again is used for the function."
             )
     return Answer(
         title="Which share of each mask is reused from earlier permutations?",
