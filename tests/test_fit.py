@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -605,7 +606,27 @@ def test_ctrl_c_waits_for_the_update() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("where", ["loss", "optimizer", "evaluate", "callback"])
+def test_a_second_ctrl_c_ends_a_step_but_never_cuts_the_update_in_it() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted(insist=True):
+        signal.raise_signal(signal.SIGINT)
+        done.append("first")
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("update")
+        done.append("rest")
+    assert done == ["first", "update"]
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted(insist=True):
+            with uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+            done.append("once")
+        done.append("more")
+    assert done == ["first", "update", "once"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("where", ["loss", "finaliser", "optimizer", "evaluate", "callback"])
 def test_ctrl_c_leaves_a_run_to_resume(network: nn.Module, tmp_path: Path, where: str) -> None:
     armed = {"now": True}
 
@@ -628,6 +649,9 @@ def test_ctrl_c_leaves_a_run_to_resume(network: nn.Module, tmp_path: Path, where
     def struck_loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         value = loss(net, batch)
         strike("loss")
+        gone = torch.zeros(())
+        weakref.finalize(gone, strike, "finaliser")
+        del gone  # an exception in what is called now, Python prints and drops
         return value
 
     def struck_evaluate(net: nn.Module) -> dict[str, float]:
@@ -647,7 +671,7 @@ def test_ctrl_c_leaves_a_run_to_resume(network: nn.Module, tmp_path: Path, where
         run_of(network, folder=tmp_path / "struck", **settings)
     armed["now"] = False
     state = load_tensors(tmp_path / "struck/checkpoint.safetensors")[1]["state"]
-    assert state["step"] == {"loss": 7, "optimizer": 4, "evaluate": 8, "callback": 8}[where]
+    assert state["step"] == {"loss": 8, "finaliser": 8, "optimizer": 4, "evaluate": 8, "callback": 8}[where]
     resumed = run_of(network, folder=tmp_path / "struck", resume=True, **settings)
     whole = run_of(network, folder=tmp_path / "whole", **settings)
     assert_same_logits(resumed, whole)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import traceback
@@ -279,7 +280,7 @@ def _ray(jobs: int) -> Iterator[_Workers]:
     from ray.util.joblib import register_ray
 
     if not ray.is_initialized():
-        ray.init(logging_level="error", log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     _check_processors(jobs, int(ray.cluster_resources().get("CPU", 0)), "Ray")
     register_ray()
     yield _Workers(jobs, 1, ray.exceptions.RayError, streams=False)

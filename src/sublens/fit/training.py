@@ -87,7 +87,9 @@ class Training:
                     if state.recorded != state.step:
                         self._record(display, True)
                     return "steps"
-                self._step(first)
+                batch = self._batches(state.step)
+                with uninterrupted(insist=True):
+                    self._step(batch, first)
                 first = False
                 display.step(state.step)
         except (KeyboardInterrupt, GeneratorExit):
@@ -105,11 +107,10 @@ class Training:
         finally:
             self._clock += time.perf_counter() - began
 
-    def _step(self, first: bool) -> None:
+    def _step(self, batch: Any, first: bool) -> None:
         """One step in the paper's order: backward of the task loss, of the penalty, clip, update."""
         state, masked = self.state, self._masked
         masked.step = state.forwards
-        batch = self._batches(state.step)
         if first:
             self._warn_of_equal_batches(batch)
         self._optimizer.zero_grad(set_to_none=True)
@@ -338,20 +339,33 @@ def _clipping(settings: Settings, norm: float) -> float:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done. In a thread, where no Ctrl-C arrives, nothing is to be done."""
+def uninterrupted(*, insist: bool = False) -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done. In a thread, where no Ctrl-C arrives, nothing is to be done.
+
+    Around whole training steps too: Python raises it wherever it is, and swallows it where that is a finaliser or the
+    callback of a weak reference, of which autograd has many.
+
+    Args:
+        insist: let a second Ctrl-C through at once, for blocks that may take long.
+    """
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield
         return
     held: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+
+    def hold(*arguments: Any) -> None:
+        held.append(arguments)
+        if insist and len(held) > 1:
+            previous(*arguments)
+
+    signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    if held:
-        previous(*held[0])
+    for arguments in held:  # all of them: an outer block counts
+        previous(*arguments)
 
 
 def _brief(value: object) -> str:

@@ -196,7 +196,9 @@ class _Training:
                     self._save()
                 if state.step == job.steps:
                     break
-                self._step()
+                batch = self.source(state.step)
+                with uninterrupted(insist=True):
+                    self._step(batch)
                 display.step(state.step)
         except KeyboardInterrupt:
             with uninterrupted():
@@ -204,9 +206,8 @@ class _Training:
             raise
         job.module.eval()
 
-    def _step(self) -> None:
+    def _step(self, batch: Any) -> None:
         state, job = self.state, self._job
-        batch = self.source(state.step)
         if isinstance(job.module, MaskedNetwork):
             job.module.step = state.forwards
         if job.rate is not None:
