@@ -125,6 +125,8 @@ def test_studies_lists_every_built_in_study(capsys):
         (["inspect", "study.py", "--set", "keep"], "NAME=VALUE"),
         (["inspect", "study.py", "--set", "keep=1.5"], "keep=1.5"),
         (["inspect", "study.py", "--set", "depth=3"], "has no setting 'depth'"),
+        (["inspect", "study.py", "--set", "mask_lrr=3"], "Did you mean 'mask_lr'"),
+        (["inspect", "study.py", "--set", "mask_steps=3"], "--steps"),
         (["inspect", "study.py", "--set", "keep=0.5", "--set", "keep=0.6"], "keep"),
         (["inspect", "study.py", "--set", "alpha=1"], "--alpha"),
         (["inspect", "class-removal", "--set", "folder=nowhere"], "nowhere does not exist"),

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -114,10 +114,15 @@ def load(name_or_path: str | Path, *, preset: str | None = None, **settings: Any
         StudyError: no such study or file (near misses are named); the file does not run (its line is named) or defines
             no ``study()``; the study has no such preset or setting.
     """
+    return _load(name_or_path, settings if preset is None else {**settings, "preset": preset}, ())
+
+
+def _load(name_or_path: str | Path, settings: Mapping[str, Any], also: Sequence[str]) -> Study:
+    """See :func:`load`. ``also`` are the settings that can be changed besides the study's own."""
     text = str(name_or_path)
     if text in _BUILT_IN:
         module, function, _ = _BUILT_IN[text]
-        return _build(getattr(importlib.import_module(module), function), text, preset, settings)
+        return _build(getattr(importlib.import_module(module), function), text, settings, also)
     path = Path(name_or_path)
     if not path.is_file():
         near = difflib.get_close_matches(text, _BUILT_IN, n=3, cutoff=0.4)
@@ -131,7 +136,7 @@ def load(name_or_path: str | Path, *, preset: str | None = None, **settings: Any
         source = path.read_bytes()
     except OSError as error:
         raise StudyError(f"Cannot read the study {path}: {error.strerror}.") from error
-    study = _build(_function_of(path, source), str(path), preset, settings, path)
+    study = _build(_function_of(path, source), str(path), settings, also, path)
     # The file's hash among the settings: a run of another version of the file is another run.
     return replace(study, settings={**study.settings, "file_sha256": hashlib.sha256(source).hexdigest()})
 
@@ -147,9 +152,11 @@ def configured(name_or_path: str | Path, settings: Mapping[str, Any]) -> Study:
     Raises:
         StudyError: as for :func:`load`, or an impossible value.
     """
+    if "mask_steps" in settings:
+        raise StudyError("mask_steps is set by --steps (steps of each mask).")
     fields = {name: value for name, value in settings.items() if name in _FIELDS}
     own = {name: value for name, value in settings.items() if name not in fields}
-    return replace(load(name_or_path, **own), **fields)
+    return replace(_load(name_or_path, own, _FIELDS), **fields)
 
 
 def _function_of(path: Path, source: bytes) -> Callable[..., Study]:
@@ -181,20 +188,19 @@ def _function_of(path: Path, source: bytes) -> Callable[..., Study]:
 def _build(
     function: Callable[..., Study],
     label: str,
-    preset: str | None,
     settings: Mapping[str, Any],
+    also: Sequence[str],
     path: Path | None = None,
 ) -> Study:
     """Call a study's function with what was asked, after a look at what it accepts."""
     wanted = {key: value for key, value in settings.items() if value is not None}
-    if preset is not None:
-        wanted["preset"] = preset
     parameters = inspect.signature(function).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in wanted:
             if key not in parameters:
-                near = difflib.get_close_matches(key, parameters, n=1)
+                near = difflib.get_close_matches(key, [*parameters, *also], n=1)
                 has = f" Its settings: {', '.join(parameters)}." if parameters else " It takes no settings."
+                has += f" Of every study: {', '.join(also)}." if also else ""
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise StudyError(f"The study {label} has no setting {key!r}.{hint}{has}")
     try:
