@@ -341,8 +341,12 @@ def test_sentences_say_what_the_numbers_are(run):
 
 
 @pytest.mark.parametrize(
-    ("fraction", "text"), [(1.0, "100.0"), (0.99999, ">99.9"), (0.0, "0.0"), (0.00001, "<0.1"), (0.1234, "12.3")]
-)
+    ("fraction", "text"),
+    [
+        (1.0, "100.0"), (0.99999, ">99.9"), (0.0, "0.0"), (-0.0, "0.0"), (0.00001, "<0.1"), (-0.00001, ">-0.1"),
+        (0.1234, "12.3"), (-0.05, "-5.0"),
+    ],
+)  # fmt: skip
 def test_percent_rounds_nothing_to_all_or_none(fraction, text):
     assert sentences.percent(fraction) == f"{text}\xa0%"
 

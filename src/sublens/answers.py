@@ -32,6 +32,8 @@ def percent(fraction: float) -> str:
         text = ">99.9"
     elif text == "0.0" and fraction > 0:
         text = "<0.1"
+    elif text == "-0.0":
+        text = ">-0.1" if fraction < 0 else "0.0"
     return f"{text}\u00a0%"  # no line break between a number and its unit
 
 
