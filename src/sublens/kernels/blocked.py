@@ -182,9 +182,10 @@ def _long(samples: int, reduced: bool) -> int:
 
     A constant of the processor: if it were measured in each process, the bits of a result would depend on the clock.
     """
-    if not cpu.compiled("product").OUTRUNS:
-        return 256
-    return max(256, (2048 if reduced else 8192) // samples)
+    product = cpu.compiled("product")
+    if product.OUTRUNS:
+        return max(256, (2048 if reduced else 8192) // samples)
+    return 512 if product.KEEPS_UP and not reduced else 256
 
 
 def _blocks(samples: int, weight: Tensor) -> Iterator[slice]:
