@@ -132,6 +132,8 @@ def test_overlap_of_masks_of_two_networks_is_refused(network: nn.Module) -> None
     other = Mask({name: mask[name] for name in mask}, "0" * 64)
     with pytest.raises(MismatchError, match="different networks"):
         overlap(mask, other)
+    with pytest.raises(MismatchError, match="only one of the masks has the layer"):
+        overlap(mask, Mask({n: mask[n] for n in mask.names[1:]}, mask.network))
 
 
 def sums(network: nn.Module) -> float:

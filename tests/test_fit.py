@@ -55,6 +55,14 @@ def assert_same_logits(one: sl.Run, other: sl.Run) -> None:
         assert torch.equal(one.logits[name], other.logits[name]), name
 
 
+def test_a_mask_that_had_no_time_to_close_a_gate_says_so(network: nn.Module) -> None:
+    with pytest.warns(UserWarning, match="keeps every weight after 100 steps.*the lowest is 1.2") as told:
+        run_of(network, steps=100, alpha=1.0, lr=0.01)
+    assert len(told) == 1 and told[0].filename == __file__
+    assert run_of(network, steps=100, alpha=0.0, lr=0.01).mask.kept == 1.0  # nobody asked for fewer
+    assert run_of(network, steps=100, alpha=1.0, lr=0.1).mask.kept < 1.0
+
+
 # --- the step ---
 
 
@@ -368,6 +376,11 @@ def test_a_loss_that_is_no_number_is_refused(network: nn.Module, returned: objec
 def test_a_loss_that_does_not_reach_the_logits_is_refused(network: nn.Module) -> None:
     with pytest.raises(sl.CutGraphError):
         run_of(network, loss=lambda net, batch: loss(net, batch).detach())
+
+
+def test_a_loss_that_calls_the_network_from_outside_is_named(network: nn.Module) -> None:
+    with pytest.raises(sl.CutGraphError, match=r"did not call net.*Call net\(x\) in it"):
+        run_of(network, loss=lambda net, batch: loss(network, batch))
 
 
 def test_a_first_step_that_fails_leaves_the_folder_free(network: nn.Module, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -311,6 +312,15 @@ def test_a_network_is_prepared_once_before_its_masks_are_trained(tmp_path: Path)
         run(tmp_path / "other", dataclasses.replace(study, prepare=lambda network: nn.Linear(4, 4)))
     with pytest.raises(StudyError, match="returned a NoneType"):
         run(tmp_path / "none", dataclasses.replace(study, prepare=lambda network: None))
+
+
+@pytest.mark.parametrize("found", [92.2, -0.5, math.nan, None, torch.zeros(2)])
+def test_a_metric_that_is_no_share_is_refused_before_anything_is_trained(tmp_path: Path, found: Any) -> None:
+    study = make_study(network_steps=1, mask_steps=1, repeated=())
+    other = dataclasses.replace(study.tasks[1], metric=lambda net: found)
+    with pytest.raises(StudyError, match=rf"Task '{other.name}': metric returned .* in 0\.\.1"):
+        run(tmp_path / "run", dataclasses.replace(study, tasks=[study.tasks[0], other]))
+    assert not (tmp_path / "run" / "network.safetensors").exists()
 
 
 def test_what_the_network_has_not_learned_is_told_before_its_masks_are_trained(

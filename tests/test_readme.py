@@ -26,7 +26,10 @@ def test_the_two_commands_come_first_and_ci_runs_the_second():
 
 
 def test_the_code_runs(tmp_path):
-    program = "\n".join(blocks("python"))
+    # What is shown must be worth seeing: masks that have shed weights, and a subnetwork that still answers.
+    checks = "assert run.mask.kept < 0.5 > other.kept, (run.mask.kept, other.kept)\n"
+    checks += "assert (pruned(x).argmax(dim=1) == y).float().mean() > 0.8\n"
+    program = "torch.manual_seed(0)\n".join(["import torch\n", "\n".join([*blocks("python"), checks])])
     ended = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "task.safetensors").exists()

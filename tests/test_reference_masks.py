@@ -174,3 +174,12 @@ def test_random_is_uniform_and_named_by_its_seed(per_layer: bool) -> None:
     often = sum(torch.cat([mask[name].flatten() for name in mask.names]).double() for mask in masks) / 400
     # 400 elements, each kept with probability 0.3: 5.5 standard deviations leave 1 in 60,000 for all of them.
     assert float((often - 0.3).abs().max()) < 5.5 * math.sqrt(0.3 * 0.7 / 400)
+
+
+def test_attribution_refuses_a_loss_that_no_gate_can_change() -> None:
+    net, other = network(), network()
+    x, y = normal(8, 6), torch.arange(8) % 4
+    with pytest.raises(sl.CutGraphError, match="did not call net"):
+        sl.attribution_mask(net, lambda step: (x, y), lambda _, batch: loss(other, batch), 0.5, steps=2)
+    with pytest.raises(sl.CutGraphError, match="does not require gradient"):
+        sl.attribution_mask(net, lambda step: (x, y), lambda net, batch: loss(net, batch).detach(), 0.5, steps=2)

@@ -236,7 +236,7 @@ def _fight(
 ) -> None:
     with _peak_memory() as peak:
         mask, seconds = _mask(study, task, net, gate, bout, folder, progress)
-    metrics = {each.name: each.metric for each in study.tasks} | {task.name: task.metric}
+    metrics = {each.name: each.measure for each in study.tasks} | {task.name: task.measure}
     result = {
         "contestant": _described(study, gate, bout),
         "kept": mask.kept,
@@ -318,7 +318,7 @@ def _tabulate(
             pairs = [(masks[a], masks[b]) for a, b in two]
             ious = tuple(a.iou(b) for a, b in pairs)
             between.append(Between(task, asked, first, second, ious, tuple(_iou_by_chance(a, b) for a, b in pairs)))
-    network = accuracies(net, {name: task.metric for name, task in tasks.items()})
+    network = accuracies(net, {name: task.measure for name, task in tasks.items()})
     seeds = tuple(dict.fromkeys(bout.seed for bout in bouts))
     return DuelTable(study.name, network, study.mask_steps, seeds, tuple(rows), tuple(between))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sublens.errors import NonFiniteError, SettingError
 from sublens.fit.batches import Batches, BatchSource, random_state_kept
+from sublens.fit.training import check_first_loss
 from sublens.gates import Threshold
 from sublens.mask import Mask, fingerprint
 from sublens.mask.random_bits import random_bits
@@ -86,7 +87,10 @@ def attribution_mask(
         scores = {name: torch.zeros(layer.shape, device=layer.device) for name, layer in logits.items()}
         for step in range(steps):
             masked.zero_grad()
-            loss(masked, source(step)).backward()
+            before, value = masked.step, loss(masked, source(step))
+            if step == 0:
+                check_first_loss(value, masked, before)
+            value.backward()
             for name, layer in logits.items():
                 if layer.grad is not None:
                     scores[name].addcmul_(layer.grad, layer.grad, value=1 / steps)

@@ -72,6 +72,25 @@ class Task:
                 also = " or something to iterate over, such as a DataLoader" if part == "batches" else ""
                 raise StudyError(f"Task {self.name!r}: {part} must be a function{also}, not {_kind(value)}.")
 
+    def measure(self, net: "nn.Module", what: str = "metric") -> float:
+        """Return what ``metric`` (or ``held_back``, ``left_out``) says of ``net``.
+
+        Raises:
+            StudyError: that is no number in 0..1.
+        """
+        found = getattr(self, what)(net)
+        try:
+            value = float(found)
+        except (TypeError, ValueError, RuntimeError):
+            value = math.nan
+        if not 0 <= value <= 1 + 1e-6:  # a float32 mean of ones may round up
+            returned = repr(found) if len(repr(found)) <= 60 else _kind(found)
+            raise StudyError(
+                f"Task {self.name!r}: {what} returned {returned}; it must return one number in 0..1, such as the share"
+                " of right answers."
+            )
+        return min(value, 1.0)
+
     def batches_for(self, seed: int) -> Callable[[int], Any] | Iterable[Any]:
         """Return ``batches`` as ``fit`` takes them, with ``seed`` put in if they ask for one."""
         batches = self.batches

@@ -29,12 +29,32 @@ def measuring(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def accuracies(network: nn.Module, metrics: Metrics, mask: Mask | None = None) -> dict[str, float]:
-    """Return every metric of ``network``, or of ``network`` under ``mask``. The weights are the same afterwards."""
+    """Return every metric of ``network``, or of ``network`` under ``mask``. The weights are the same afterwards.
+
+    Raises:
+        SettingError: ``metrics`` is no mapping of names to functions, or one returned no finite number.
+    """
+    if not isinstance(metrics, Mapping):
+        raise SettingError(
+            f"metrics is a {type(metrics).__name__}; it must be a dict of names and functions of the network, as in"
+            " {'accuracy': accuracy}."
+        )
     with measuring(network) as net:
         if mask is None:
-            return {name: float(metric(net)) for name, metric in metrics.items()}
+            return {name: _number(name, metric(net)) for name, metric in metrics.items()}
         with mask.applied(net):
-            return {name: float(metric(net)) for name, metric in metrics.items()}
+            return {name: _number(name, metric(net)) for name, metric in metrics.items()}
+
+
+def _number(name: str, found: Any) -> float:
+    try:
+        value = float(found)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        shown = repr(found) if len(repr(found)) <= 60 else f"a {type(found).__name__}"
+        raise SettingError(f"The metric {name!r} returned {shown}; it must return one finite number.")
+    return value
 
 
 def first_half(names: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from sublens.analysis.chance import Distribution, shared_by_chance, total
-from sublens.errors import MismatchError
 from sublens.mask import Mask
 
 
@@ -27,11 +26,6 @@ def overlap(first: Mask, second: Mask) -> dict[str, Any]:
     Raises:
         MismatchError: the masks belong to different networks or layers.
     """
-    if first.network != second.network or first.sizes() != second.sizes():
-        raise MismatchError(
-            "These two masks belong to different networks, so their overlap means nothing: compare masks that were"
-            " trained on the same weights."
-        )
     sizes, both = first.sizes(), (first & second).kept_counts()
     kept, kept_too = first.kept_counts(), second.kept_counts()
     chances = {name: shared_by_chance(sizes[name], kept[name], kept_too[name]) for name in sizes}

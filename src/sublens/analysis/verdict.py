@@ -359,8 +359,9 @@ def _left_of(one: Excluded, does: str) -> tuple[tuple[str, str] | None, float, s
 
 def _unable(what: str, mask: str, able: float) -> str:
     return (
-        f"{what} is hardly answered under {mask}: {_percent(able)} of the way from random masks to all right, where"
-        f" {100 * ABLE:.0f} % are asked for. A function that the network has not learned has no weights to be found"
+        f"{what} is answered under {mask} only {_percent(able)} of the way from random masks to all right, where"
+        f" {100 * ABLE:.0f} % are asked for. Either the network has not learned it, and there is nothing to be found, or"
+        " the mask keeps so many weights that random masks of its layer sizes do as well"
     )
 
 
@@ -370,15 +371,15 @@ def _doubt(
     unsure_of: Sequence[float | None],
     able_of: Sequence[float | None],
 ) -> tuple[str, str] | None:
-    for task, able in zip(tasks, able_of, strict=True):
-        if able is not None and able < ABLE:
-            return "undecided", _unable(task, "its own mask", able)
     for task, unsure in zip(tasks, unsure_of, strict=True):
         if unsure is not None and unsure > UNSURE:
             return "undecided", (
                 f"the {task} mask is not settled: {_percent(unsure)} of its gates ended between keep probabilities of"
                 " 0.1 and 0.9, so it still keeps weights that no task needs. Train masks longer"
             )
+    for task, able in zip(tasks, able_of, strict=True):
+        if able is not None and able < ABLE:
+            return "undecided", _unable(task, "its own mask", able)
     # Of a network that trained along with its mask nothing was there before that could be retained.
     for task, left in zip(tasks, own, strict=True) if own is not None else ():
         if left is None or left < KEPT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,8 @@ from sublens.mask import Mask
 from sublens.masked_network import MaskedNetwork
 from sublens.ranking import Kept
 from sublens.selection import Where
+
+_ENOUGH = 100  # steps from which on a mask that still keeps everything is worth a word; fewer are a trial
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,16 @@ def fitting(
             stopped = yield from training.run(display)
         ranks.check_equal(masked.logits, state.step)
         logits = {name: logit.detach() for name, logit in masked.logits.items()}
-        return Run(masked.mask(), logits, history, stopped, state.step, training.seconds())
+        mask = masked.mask()
+        if mask.kept == 1 and settings.alpha and state.step >= _ENOUGH and ranks.leads:
+            lowest = min(float(layer.min()) for layer in masked.decisions().values())
+            warnings.warn(
+                f"The mask keeps every weight after {state.step} steps: no logit has come below 0, the lowest is"
+                f" {lowest:.2g}. With Adam a logit moves by at most about the learning rate in a step. Take more steps,"
+                " or a larger lr or alpha.",
+                stacklevel=4,  # past this generator, and who goes through it
+            )
+        return Run(mask, logits, history, stopped, state.step, training.seconds())
 
 
 def _describe(settings: Settings, masked: MaskedNetwork, optimizer: Optimizer, **others: Any) -> dict[str, Any]:

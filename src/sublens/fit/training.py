@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sublens.diagnosis import check_first_step
-from sublens.errors import NonFiniteError, SettingError
+from sublens.errors import CutGraphError, NonFiniteError, SettingError
 from sublens.fit.batches import BatchSource, seed_torch
 from sublens.fit.checkpoint import RunFolder, State
 from sublens.fit.optimizers import Adam
@@ -121,7 +121,7 @@ class Training:
                 f"loss(net, batch) returned {what}; it must return a tensor with one number, such as a batch's mean."
             )
         if first:
-            check_first_step(loss, self._logits)
+            check_first_loss(loss, masked, state.forwards)
         value = self._ranks.mean(loss.item())
         if not math.isfinite(value):
             self._stop_on_loss(value)
@@ -336,6 +336,20 @@ def _clipping(settings: Settings, norm: float) -> float:
     The formula of ``torch.nn.utils.clip_grad_norm_``, which passes over the gradients also when it does not clip.
     """
     return 1.0 if settings.clip is None else min(1.0, settings.clip / (norm + 1e-6))
+
+
+def check_first_loss(loss: Tensor, masked: MaskedNetwork, forwards: int) -> None:
+    """Refuse a loss from which no mask can be learned; ``forwards`` is the masked network's ``step`` before it.
+
+    Raises:
+        CutGraphError: the loss did not call the masked network, or does not reach its logits.
+    """
+    if masked.step == forwards:
+        raise CutGraphError(
+            "loss(net, batch) did not call net, which is the network under its mask, so the loss does not depend on any"
+            " gate. Call net(x) in it, and not the network from outside."
+        )
+    check_first_step(loss, masked.logits)
 
 
 @contextlib.contextmanager

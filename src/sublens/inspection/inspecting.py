@@ -284,7 +284,7 @@ def _without(where: Where, names: list[str]) -> Where:
 
 
 def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:
-    return {task.name: task.metric for task in study.tasks}
+    return {task.name: task.measure for task in study.tasks}
 
 
 def _answers(

@@ -1,6 +1,7 @@
 """What a run's numbers say for and against the paper's two properties, by the rule of ``sublens.analysis.verdict``."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -87,10 +88,10 @@ def excluded_by(
     """Measure what each task's training excludes: whole, under the control mask, the task's own, and random ones."""
     found: list[dict[str, Any]] = []
     for task in study.tasks:
-        for kind, metric in (("held_back", task.held_back), ("left_out", task.left_out)):
-            if metric is None:
+        for kind in ("held_back", "left_out"):
+            if getattr(task, kind) is None:
                 continue
-            net, mask, metrics = networks[task.name], masks[task.name], {"it": metric}
+            net, mask, metrics = networks[task.name], masks[task.name], {"it": partial(task.measure, what=kind)}
             seeds = [seed_from(seed, task.name, kind, draw) for draw in range(_DRAWS if study.random_masks else 0)]
             drawn = [accuracies(net, metrics, Mask.random_like(mask, each, groupings))["it"] for each in seeds]
             found.append(
