@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from sublens.analysis import accuracies, first_half, interrogate, overlap, shared_by_chance, total
+from sublens.analysis import (
+    accuracies,
+    first_half,
+    interrogate,
+    overlap,
+    shared_by_chance,
+    stability,
+    t_interval,
+    total,
+    transfer,
+)
 from sublens.errors import MismatchError, SettingError
 from sublens.mask import Mask, fingerprint
 
@@ -134,6 +144,21 @@ def test_overlap_of_masks_of_two_networks_is_refused(network: nn.Module) -> None
         overlap(mask, other)
     with pytest.raises(MismatchError, match="only one of the masks has the layer"):
         overlap(mask, Mask({n: mask[n] for n in mask.names[1:]}, mask.network))
+
+
+def test_things_of_another_kind_are_refused(network: nn.Module) -> None:
+    mask = drawn_mask(network, 1)
+    for call, said in (
+        (lambda: transfer(network, [mask], {"sums": sums}), "masks is a list"),  # type: ignore[arg-type]
+        (lambda: transfer(network, {"m": mask}, sums), "metrics is a function"),  # type: ignore[arg-type]
+        (lambda: transfer(network, {"m": mask}, {"sums": lambda net: None}), "'sums' returned None"),
+        (lambda: transfer(network, {"m": mask}, {"sums": lambda net: math.nan}), "'sums' returned nan"),
+        (lambda: stability({"m": mask, "n": mask}), "without their names"),  # type: ignore[arg-type]
+        (lambda: stability([mask, mask, mask], level=95), "level=95"),
+        (lambda: t_interval([0.9, math.nan]), "finite numbers"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            call()
 
 
 def sums(network: nn.Module) -> float:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from sublens import cli
@@ -144,6 +145,40 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(study, capsys, argument
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
     assert said in err
+
+
+@pytest.mark.parametrize(
+    ("changed", "arguments", "said"),
+    [
+        ("", ["--groups", "head"], "groups='head'"),
+        ("", ["--samples", "17"], "samples=17 cannot share a batch of 16"),
+        ("", ["--network", "bad.pt"], "do not fit the network"),
+        ("compared=['9'],", [], "compared must name masked layers: '9'"),
+        ("first_half=['9'],", [], "first_half names 9"),
+        ("from_control=['9'],", [], "from_control must name masked layers: '9'"),
+        ("where='9',", [], "where='9'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_there_is_a_folder(study, capsys, changed, arguments, said):
+    torch.save({"weight": torch.ones(3)}, "bad.pt")
+    text = STUDY.replace("batch_size=16,", f"batch_size=16, {changed}")
+    Path("changed.py").write_text(text, encoding="utf-8")
+    assert cli.run(["inspect", "changed.py", "--out", "one", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert said in err
+    assert not Path("one").exists()
+
+
+def test_tables_of_many_runs_do_not_go_among_the_files_of_one(study, capsys):
+    for folder in ("one", "two"):
+        assert cli.run(["inspect", study, "--out", folder]) == 0
+    before = sorted(Path("one").rglob("*"))
+    capsys.readouterr()
+    for arguments in (["sweep", study, "--seeds", "2"], ["compare", "one", "two"]):
+        assert cli.run([*arguments, "--out", "one"]) == 2
+        assert "The folder one holds a run" in capsys.readouterr().err
+    assert sorted(Path("one").rglob("*")) == before
 
 
 def test_a_run_is_made_shown_and_its_weights_used_again(study, capsys):

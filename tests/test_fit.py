@@ -389,6 +389,17 @@ def test_a_first_step_that_fails_leaves_the_folder_free(network: nn.Module, tmp_
     assert run_of(network, folder=tmp_path).steps == 12
 
 
+@pytest.mark.parametrize(("folder", "error"), [("", sl.SettingError), ("file", sl.FileError), ("file/x", sl.FileError)])
+def test_a_folder_that_cannot_be_made_is_refused(
+    network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, error: type[Exception]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(error, match="folder"):
+        run_of(network, folder=folder)
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
 # --- NaN ---
 
 

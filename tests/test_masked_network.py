@@ -892,3 +892,55 @@ def test_a_later_call_that_vmap_does_not_take_falls_back() -> None:
     masked.step = 0
     scales = torch.stack([part.abs().max() for part in x.chunk(4)]).repeat_interleave(2)[:, None]
     torch.testing.assert_close(masked(x, True), plain * scales)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"gate": sl.TopK}, "is no gate; it must be an object such as"),
+        ({"gate": "TopK"}, "gate='TopK' is no gate"),
+        ({"keep": "much"}, "keep='much' is no number"),
+        ({"keep": True}, "keep=True is no number"),
+        ({"seed": "one"}, "seed='one' is not a whole number"),
+    ],
+)
+def test_a_thing_of_another_kind_is_refused_when_the_network_is_made(settings: Any, said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        sl.MaskedNetwork(mlp(), **settings)
+    assert sl.MaskedNetwork(mlp(), keep=torch.tensor(0.5).numpy()[()]).kept == 1.0  # any real number
+
+
+def test_the_module_in_a_data_parallel_one_is_asked_for() -> None:
+    with pytest.raises(SettingError, match=r"network\.module"):
+        sl.MaskedNetwork(nn.DataParallel(mlp()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda first: nn.GRU(6, 8, batch_first=first),
+        lambda first: nn.MultiheadAttention(8, 2, batch_first=first),
+        lambda first: nn.TransformerEncoderLayer(8, 2, 16, batch_first=first),
+        lambda first: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=first), 1, enable_nested_tensor=False
+        ),
+        lambda first: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=first), 1),
+    ],
+)
+def test_a_network_that_takes_the_sequence_first_is_told(make: Any) -> None:
+    with pytest.warns(UserWarning, match=r"takes the sequence first .* Give batch_dim=1") as told:
+        sl.MaskedNetwork(make(False))
+    assert told[0].filename == __file__
+    for silent in ({"network": make(True)}, {"network": make(False), "batch_dim": 1}):
+        sl.MaskedNetwork(**silent)
+    sl.MaskedNetwork(make(False), samples=1)  # nothing is split
+
+
+# The compiler remarks on much of what it traces.
+@pytest.mark.filterwarnings("ignore")
+def test_a_masked_network_that_is_compiled_draws_anew_in_every_call() -> None:
+    plain, inner, x = sl.MaskedNetwork(mlp(), seed=1), sl.MaskedNetwork(mlp(), seed=1), normal(8, 6)
+    compiled = torch.compile(inner, backend="eager")
+    for call in range(5):
+        assert torch.equal(compiled(x), plain(x)), call
+    assert inner.step == plain.step == 5

@@ -41,7 +41,7 @@ def test_a_trained_mask_keeps_two_of_four_and_finds_the_inputs_that_count() -> N
     def sgd(logits: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(logits, lr=0.1)
 
-    run = sl.fit(network, batch, loss, steps=30, alpha=0.0, gate=sl.NOfM(2, 4), optimizer=sgd, progress=False)
+    run = sl.fit(network, batch, loss, steps=30, gate=sl.NOfM(2, 4), optimizer=sgd, progress=False)
     assert run.mask["weight"].tolist() == [[i in (1, 2, 4, 7) for i in range(8)]] * 3
 
 

@@ -2,6 +2,7 @@
 
 import fnmatch
 import string
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ from torch import nn
 
 from sublens.errors import SelectionError
 from sublens.selection import match_names, select, tied_names
+
+
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.utils.weight_norm(layer)
 
 
 class Block(nn.Module):
@@ -122,7 +129,8 @@ def test_table(where: object, biases: bool, expected: list[str]) -> None:
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm([2, 4, 4]), nn.RMSNorm([4, 4]), nn.SyncBatchNorm(2)), 1, 1),
         (nn.Bilinear(2, 3, 4), 1, 1),
         (nn.Sequential(nn.EmbeddingBag(4, 3), nn.Linear(3, 1)), 1, 1),
-        (torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), 2, 0),
+        (torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), 1, 0),
+        (old_weight_norm(nn.Linear(3, 2)), 1, 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
@@ -142,7 +150,7 @@ def test_tied_tensors() -> None:
     # what an embedding shares is an embedding's, and is masked only by name
     assert list(select(network)) == ["first.weight"]
     assert list(select(network, nn.Linear)) == ["first.weight"]
-    assert list(select(network, "head.weight")) == ["embed.weight"]
+    assert list(select(network, "head.weight")) == list(select(network, "head")) == ["embed.weight"]
     assert list(select(network, "head.weight", biases=True)) == ["embed.weight", "head.bias"]
     # every name means the tensor, also in exclusions
     assert list(select(network, "third")) == ["first.weight"]

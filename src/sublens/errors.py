@@ -4,6 +4,8 @@ Each is a :class:`SublensError`, and also the builtin error that fits it, so tha
 catches it too. Every message says what happened, with the values, and what to do next.
 """
 
+from collections.abc import Mapping
+
 
 class SublensError(Exception):
     """Base of every error that sublens raises on purpose."""
@@ -61,3 +63,9 @@ class NonFiniteError(SublensError, ArithmeticError):
         super().__init__(message)
         self.step = step
         self.parameter = parameter
+
+
+def check_named(what: str, given: object, example: str) -> None:
+    """Raise SettingError unless ``given`` maps names to something, as ``example`` does."""
+    if not isinstance(given, Mapping):
+        raise SettingError(f"{what} is a {type(given).__name__}; it must be a dict with names, as in {example}.")

@@ -15,10 +15,12 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
     One value has no interval: its edges are infinite.
 
     Raises:
-        SettingError: there are no values, or ``level`` is not in 0..1.
+        SettingError: there are no values, one is not finite, or ``level`` is not in 0..1.
     """
     if not len(values) or not 0 < level < 1:
         raise SettingError(f"An interval of level {level} over {len(values)} values cannot be had.")
+    if not all(math.isfinite(value) for value in values):
+        raise SettingError(f"An interval needs finite numbers, and one of {list(values)} is not.")
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, -math.inf, math.inf

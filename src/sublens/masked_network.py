@@ -1,6 +1,7 @@
 """``MaskedNetwork``: a frozen network, a selection and a gate make a module to call and to train."""
 
 import math
+import numbers
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -14,6 +15,7 @@ from sublens.errors import CutGraphError, MismatchError, SettingError
 from sublens.gates import Gate, GumbelSigmoid, Penalty
 from sublens.groups import Grouping, Groups, group
 from sublens.kernels import LOGIT_BOUND
+from sublens.kernels.threads import untraced
 from sublens.mask import Mask, binarise, fingerprint
 from sublens.noise import Draw, parameter_id
 from sublens.routes import Routes, Sampling
@@ -112,6 +114,14 @@ class MaskedNetwork(nn.Module):
         start = initial_logit(keep)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise SettingError(f"samples is {samples!r}; it must be a whole number of 1 or more (the paper uses 4).")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise SettingError(f"seed={seed!r} is not a whole number.")
+        if not (gate is None or isinstance(gate, Gate)):
+            raise SettingError(
+                f"gate={gate!r} is no gate; it must be an object such as sublens.GumbelSigmoid() or sublens.TopK(0.1)."
+            )
+        if isinstance(network, nn.DataParallel):
+            raise SettingError("The network is wrapped in DataParallel; give the module in it (network.module).")
         self._groupings = group(network, where, biases, groups)
         self._network = (network,)  # in a tuple, so that its parameters are not ours
         self.samples = samples
@@ -121,6 +131,12 @@ class MaskedNetwork(nn.Module):
         gate = gate if gate is not None else GumbelSigmoid()
         self._routes = Routes(network, self._groupings, gate, batch_dim=batch_dim, frozen=frozen)
         self._fingerprint = fingerprint(network)
+        if samples > 1 and batch_dim == 0 and _takes_sequence_first(network):
+            warnings.warn(
+                f"{type(network).__name__} takes the sequence first (batch_first=False), but batch_dim=0 says that the"
+                f" batch is: each of the {samples} samples would be given a part of every sequence. Give batch_dim=1.",
+                stacklevel=2,
+            )
         self._seen_a_gradient = False
         self._penalised = False  # whether the penalty needs the sums of logits
         self._sums: dict[str, tuple[Tensor, int]] | None = None
@@ -257,6 +273,7 @@ class MaskedNetwork(nn.Module):
             return sums
         return self._summed()
 
+    @untraced  # torch.compile of a MaskedNetwork would lose count of its steps: one draw would serve two calls
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own output, for its own arguments, with sampled gates (training) or the mask (evaluation).
 
@@ -352,12 +369,24 @@ class MaskedNetwork(nn.Module):
         return f"{elements:,} logits of {type(self.network).__name__}, samples={self.samples}, gate={self.gate}"
 
 
+def _takes_sequence_first(network: nn.Module) -> bool:
+    """Whether it is one of torch's recurrent networks or Transformer modules that count the batch second."""
+    first = network.layers[0] if isinstance(network, (nn.TransformerEncoder, nn.TransformerDecoder)) else network
+    if isinstance(first, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        first = first.self_attn
+    kinds = (nn.RNNBase, nn.Transformer, nn.MultiheadAttention)
+    return isinstance(first, kinds) and not first.batch_first
+
+
 def initial_logit(keep: float) -> float:
     """The logit of a keep probability.
 
     Raises:
         SettingError: not strictly between 0 and 1, or beyond the bound on logits.
     """
+    given: object = keep
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise SettingError(f"keep={keep!r} is no number; it is a probability, strictly between 0 and 1.")
     if not 0.0 < keep < 1.0:
         hint = ""
         if math.isfinite(keep):

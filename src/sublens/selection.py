@@ -32,8 +32,8 @@ def select(network: nn.Module, where: Where = None, *, biases: bool = False) -> 
 
     - ``None``: every weight of two or more dimensions outside embedding and normalisation modules.
     - ``"encoder.0.weight"``, the name of a parameter: that one, whatever it is.
-    - ``"encoder"``, the name of a module: what ``None`` would select in it. If it is itself an embedding or a norm: its
-      weights.
+    - ``"encoder"``, the name of a module: what ``None`` would select in it. If it is itself an embedding or a norm, or
+      shares its own weight with one: its weights.
     - ``"encoder.*.weight"``, a glob (``*`` matches dots too): every parameter whose name matches, whatever it is; if
       there is none, the modules whose names match.
     - ``nn.Linear``, a module class: as the name of each module of this class.
@@ -43,8 +43,9 @@ def select(network: nn.Module, where: Where = None, *, biases: bool = False) -> 
     - a sequence of these: the union.
 
     A parameter is a bias, and no weight, if a part of its own name between underscores is ``bias`` (``bias``,
-    ``bias_ih_l0``, ``in_proj_bias``). A tensor that a module shares with an embedding counts as an embedding. Only
-    floating-point parameters with at least one element can be selected.
+    ``bias_ih_l0``, ``in_proj_bias``). A tensor that a module shares with an embedding counts as an embedding. The
+    lengths of rows that ``weight_norm`` makes are no weights. Only floating-point parameters with at least one element
+    can be selected.
 
     Args:
         network: any module. It is only read.
@@ -112,7 +113,10 @@ class _Selector:
         self.default = {
             name
             for name in self.maskable
-            if self.parameters[name].dim() >= 2 and not is_bias(name) and self.first[name] not in unmasked
+            if self.parameters[name].dim() >= 2
+            and not is_bias(name)
+            and self.first[name] not in unmasked
+            and not self._is_magnitude(name)
         }
 
     def select(self, where: Where, biases: bool) -> dict[str, nn.Parameter]:
@@ -153,7 +157,7 @@ class _Selector:
 
     def _matches(self, item: object) -> set[str]:
         if isinstance(item, str):
-            found = self._named(item, self._weights_below)
+            found = self._named(item, self._weights_of)
             if floating := found & self.maskable:
                 return floating
             sorts = sorted({f"{name} is {self.parameters[name].dtype}" for name in found if name not in self.default})
@@ -208,6 +212,11 @@ class _Selector:
             raise SelectionError(f"where='{pattern}' matches no parameter and no module. {hints}")
         return found
 
+    def _weights_of(self, module: str) -> set[str]:
+        """What the name of a module means: also a weight of its own that it shares with an embedding."""
+        own = {name for name in self.maskable if _parent(name) == module and self.parameters[name].dim() >= 2}
+        return self._weights_below(module) | {name for name in own if not is_bias(name)}
+
     def _weights_below(self, module: str) -> set[str]:
         if isinstance(self.modules[module], _UNMASKED_KINDS):
             return {name for name in self.maskable if _parent(name) == module and not is_bias(name)}
@@ -223,6 +232,12 @@ class _Selector:
             if isinstance(self.modules[name], _UNMASKED_KINDS):
                 return True
         return False
+
+    def _is_magnitude(self, name: str) -> bool:
+        """Whether these are the lengths that ``weight_norm``, of either kind, gives to the rows of a weight."""
+        if name.endswith(".original0"):
+            return type(self.modules[_parent(name)][0]).__name__ == "_WeightNorm"
+        return name.endswith("_g") and f"{name[:-2]}_v" in self.parameters
 
     def _nothing(self, where: Where, all_excluded: bool) -> str:
         if all_excluded:

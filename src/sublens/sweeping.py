@@ -24,7 +24,18 @@ import torch
 from sublens import studies
 from sublens.errors import FileError, SettingError, SublensError
 from sublens.inspection import inspect, progress_of
-from sublens.report import Row, as_csv, as_json, as_text, described, read, sweep_page, tabulate, write_figures
+from sublens.report import (
+    Row,
+    as_csv,
+    as_json,
+    as_text,
+    described,
+    read,
+    refuse_a_run,
+    sweep_page,
+    tabulate,
+    write_figures,
+)
 from sublens.storage import atomic_write_text
 from sublens.study import Study
 
@@ -104,7 +115,7 @@ def sweep(
         told: called after each run with its outcome, the number of runs that have ended, and that of all.
 
     Raises:
-        SettingError: a setting is impossible.
+        SettingError: a setting is impossible, or ``out`` is the folder of a run.
         StudyError: the study does not exist, or refuses a setting.
         MismatchError: a run's folder holds another run.
         FileError: a file cannot be read or written.
@@ -114,6 +125,7 @@ def sweep(
     combinations = _combinations(settings)
     built = [_study(study, combination) for combination in combinations]
     folder = Path("sweeps") / built[0][0].name if out is None else Path(out)
+    refuse_a_run(folder, "sweep")
     folders = [folder / "runs" / _folder_name(combination) for combination in combinations]
     progress = [
         progress_of(made, path, network=network, **arguments)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sublens import recomputation
 from sublens.calling import OutputAxes, call_with
-from sublens.errors import MismatchError, SettingError
+from sublens.errors import MismatchError, SettingError, check_named
 from sublens.mask import Mask, fingerprint
 from sublens.selection import tied_names
 from sublens.splitting import Batch, flatten, join
@@ -41,6 +41,7 @@ class Switchboard:
 
     Raises:
         MismatchError: a mask belongs to another network.
+        SettingError: ``masks`` is no mapping.
     """
 
     def __init__(self, network: nn.Module, masks: Mapping[str, Mask], *, batch_dim: int = 0) -> None:
@@ -53,6 +54,7 @@ class Switchboard:
         self._axes = OutputAxes(network, self._aliases, batch_dim)
         self._held: tuple[str | None, dict[str, Tensor]] = (None, {})
         self._overwritable = False
+        check_named("masks", masks, "{'add': add}")
         for name, mask in masks.items():
             self.add(name, mask)
 

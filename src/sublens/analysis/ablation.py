@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sublens.analysis.accuracy import Metrics, accuracies
-from sublens.errors import SettingError
+from sublens.errors import SettingError, check_named
 from sublens.mask import Mask
 from sublens.mask.random_bits import random_bits
 from sublens.seeds import seed_from
@@ -190,7 +190,12 @@ def faithfulness(network: nn.Module, control: Mask, metrics: Metrics) -> dict[st
 
 
 def transfer(network: nn.Module, masks: Mapping[str, Mask], metrics: Metrics) -> dict[str, dict[str, float]]:
-    """Return mask -> metric -> the network's value under that mask: what each task's mask does on every task."""
+    """Return mask -> metric -> the network's value under that mask: what each task's mask does on every task.
+
+    Raises:
+        SettingError: ``masks`` or ``metrics`` is no mapping of names.
+    """
+    check_named("masks", masks, "{'add': add}")
     return {name: accuracies(network, metrics, mask) for name, mask in masks.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sublens.errors import SettingError
+from sublens.errors import SettingError, check_named
 from sublens.groups import Grouping
 from sublens.mask import Mask
 
@@ -34,11 +34,7 @@ def accuracies(network: nn.Module, metrics: Metrics, mask: Mask | None = None) -
     Raises:
         SettingError: ``metrics`` is no mapping of names to functions, or one returned no finite number.
     """
-    if not isinstance(metrics, Mapping):
-        raise SettingError(
-            f"metrics is a {type(metrics).__name__}; it must be a dict of names and functions of the network, as in"
-            " {'accuracy': accuracy}."
-        )
+    check_named("metrics", metrics, "{'accuracy': accuracy}")
     with measuring(network) as net:
         if mask is None:
             return {name: _number(name, metric(net)) for name, metric in metrics.items()}

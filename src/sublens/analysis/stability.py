@@ -1,6 +1,6 @@
 """How much of a mask is the luck of a seed: how alike masks of the same task are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -29,9 +29,13 @@ def stability(masks: Sequence[Mask], *, level: float = 0.95, seed: int = 0) -> d
         of the same layer sizes have; ``per_layer``, mean IoU of each; ``pairs``, their number.
 
     Raises:
-        SettingError: fewer than two masks.
+        SettingError: fewer than two masks, or an impossible level.
         MismatchError: they belong to different networks.
     """
+    if isinstance(masks, Mapping):
+        raise SettingError("Stability takes the masks without their names: stability(list(masks.values())).")
+    if not 0 < level < 1:
+        raise SettingError(f"level={level!r} must lie between 0 and 1, as in level=0.95.")
     if len(masks) < 2:
         raise SettingError(f"Stability needs two or more masks of the same task; {len(masks)} were given.")
     pairs = {(i, j): overlap(masks[i], masks[j]) for i, j in combinations(range(len(masks)), 2)}

@@ -360,7 +360,7 @@ def _left_of(one: Excluded, does: str) -> tuple[tuple[str, str] | None, float, s
 def _unable(what: str, mask: str, able: float) -> str:
     return (
         f"{what} is answered under {mask} only {_percent(able)} of the way from random masks to all right, where"
-        f" {100 * ABLE:.0f} % are asked for. Either the network has not learned it, and there is nothing to be found, or"
+        f" {100 * ABLE:.0f} % are asked for. Either the network has not learned it, and has no weights to be found, or"
         " the mask keeps so many weights that random masks of its layer sizes do as well"
     )
 

@@ -64,6 +64,10 @@ class RunFolder:
         self._checkpoint = self.path / "checkpoint.safetensors"
         self._tensors: dict[str, Tensor] = {}
         self._metadata: dict[str, Any] = {}
+        if not os.fspath(folder):
+            raise SettingError("folder='' names no folder; give its path, or None to write nothing.")
+        if writes:  # before anything is trained
+            _make(self.path)
         records = self._history.exists() and self._history.stat().st_size > 0
         if not resume and (records or self._checkpoint.exists()):
             raise SettingError(
@@ -103,7 +107,7 @@ class RunFolder:
         """Cut the history to what ``state`` covers, and return those records."""
         if not self._writes:
             return self._records(state)
-        self.path.mkdir(parents=True, exist_ok=True)
+        _make(self.path)
         with open(self._history, "ab") as file:
             size = file.tell()
             if size < state.position:
@@ -149,6 +153,13 @@ class RunFolder:
         }
         save_tensors(self._checkpoint, tensors, metadata)
         self.checkpoint_step = state.step
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"Cannot make the folder {folder}: {error.strerror or error}. Give another one.") from error
 
 
 def _compare(checkpoint: Path, written: object, asked: Mapping[str, Any]) -> None:

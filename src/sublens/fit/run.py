@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sublens.errors import MismatchError
+from sublens.errors import MismatchError, SettingError
 from sublens.fit.batches import Batches, BatchSource, random_state_kept
 from sublens.fit.checkpoint import RunFolder, State, check_storable
 from sublens.fit.optimizers import describe_optimizer, make_optimizer
@@ -25,6 +25,7 @@ from sublens.fit.settings import DEFAULT_ALPHA, DEFAULT_LR, Record, Settings, Se
 from sublens.fit.strength import AlphaPath, Controller
 from sublens.fit.training import Training
 from sublens.gates import Gate, Penalty
+from sublens.gates.ranked import RankedGate
 from sublens.groups import Groups
 from sublens.mask import Mask
 from sublens.masked_network import MaskedNetwork
@@ -98,8 +99,9 @@ def fit(
             and again, such as a DataLoader, one pass after the other.
         loss: ``loss(net, batch)`` returns a tensor with one number. ``net`` is called like the network.
         steps: number of steps, at least 1.
-        alpha: multiplies the penalty as it stands, at least 0; 1e-4 if neither it nor ``kept`` is given. (The paper
-            divides its alpha by the batch size.) An :class:`sublens.AlphaPath` grows through the run.
+        alpha: multiplies the penalty as it stands, at least 0; 1e-4 if neither it nor ``kept`` is given, and 0 for
+            gates that keep a given number. (The paper divides its alpha by the batch size.) An
+            :class:`sublens.AlphaPath` grows through the run.
         kept: how much the mask keeps at the end, instead of ``alpha``, which is then steered there: a float is a
             fraction above 0 and at most 1, an int a number of elements (of groups, where these are masked).
         per_layer: whether ``kept`` is that of each masked parameter, or of all together.
@@ -182,9 +184,11 @@ def fitting(
         bar: where progress is shown, if others show theirs there too.
         **others: what of the arguments of :func:`fit` is in :class:`Settings` and not named here.
     """
+    if callable(callbacks):
+        raise SettingError("callbacks is a function; it must be a list of such, as in callbacks=[print].")
     ranks = Ranks(processes)
     settings = Settings(
-        alpha=DEFAULT_ALPHA if alpha is None and kept is None else alpha,
+        alpha=_default_alpha(gate) if alpha is None and kept is None else alpha,
         kept=kept,
         seed=seed,
         callbacks=tuple(callbacks),
@@ -247,6 +251,10 @@ def fitting(
                 stacklevel=4,  # past this generator, and who goes through it
             )
         return Run(mask, logits, history, stopped, state.step, training.seconds())
+
+
+def _default_alpha(gate: Gate | None) -> float:
+    return 0.0 if isinstance(gate, RankedGate) else DEFAULT_ALPHA  # those keep a given number, whatever the penalty
 
 
 def _describe(settings: Settings, masked: MaskedNetwork, optimizer: Optimizer, **others: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sublens.errors import SettingError
+from sublens.errors import SettingError, check_named
 from sublens.fit.batches import moving_parts, random_state_kept
 from sublens.fit.progress import sharing
 from sublens.fit.run import Run, fit, fitting
@@ -40,6 +40,7 @@ def fit_tasks(network: nn.Module, tasks: Mapping[str, Mapping[str, Any]], **sett
         NonFiniteError: a task met NaN or infinity. The others are saved in their folders, and can be resumed.
         Exception: whatever :func:`fit` raises.
     """
+    check_named("tasks", tasks, "{'add': {'batches': f, 'loss': g}}")
     arguments = {name: _arguments(network, name, own, settings) for name, own in tasks.items()}
     _check_tasks(arguments)
     with random_state_kept(), sharing(settings.get("progress", True)) as bar:

@@ -254,7 +254,8 @@ class Training:
         cause = (
             f"{broken!r} holds values that are not finite."
             if broken is not None
-            else "Weights and logits are finite: look at this step's batch, and for a division or log in the loss."
+            else "Weights and logits are finite: look at this step's batch, and for a division or log in the loss or in"
+            " the network (weight_norm divides by the length of what is kept of a row)."
         )
         raise NonFiniteError(
             f"The loss is {value} at step {step}. {cause}{self._kept_note()}", step=step, parameter=broken

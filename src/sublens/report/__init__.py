@@ -13,7 +13,7 @@ from sublens.report.duel_table import (
     stability_text,
 )
 from sublens.report.page import write_figures, write_report
-from sublens.report.run_folder import RunFolder, read
+from sublens.report.run_folder import RunFolder, read, refuse_a_run
 from sublens.report.sweep_page import sweep_page, written
 from sublens.report.sweep_table import Row, as_csv, as_json, as_text, described, tabulate
 
@@ -35,6 +35,7 @@ __all__ = [
     "duel_page",
     "memory_text",
     "read",
+    "refuse_a_run",
     "stability_text",
     "sweep_page",
     "tabulate",

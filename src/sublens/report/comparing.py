@@ -7,7 +7,7 @@ from typing import Any
 
 from sublens.errors import FileError, SettingError
 from sublens.report.page import write_figures
-from sublens.report.run_folder import RunFolder, read
+from sublens.report.run_folder import RunFolder, read, refuse_a_run
 from sublens.report.sweep_page import sweep_page
 from sublens.report.sweep_table import Row, as_csv, as_json, tabulate
 
@@ -22,7 +22,7 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
         out: folder to write into; it is made if it does not exist.
 
     Raises:
-        SettingError: fewer than two runs, or one of them twice.
+        SettingError: fewer than two runs, or one of them twice; or ``out`` is the folder of a run.
         FileError: a run cannot be read, or the comparison not written.
     """
     places = [folder.resolve() for folder in folders]
@@ -30,6 +30,7 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
     if len(folders) < 2 or twice:
         what = f"{twice[0]} is given twice" if twice else f"{len(folders)} is given"
         raise SettingError(f"A comparison needs two or more different runs; {what}.")
+    refuse_a_run(out, "comparison")
     runs = [read(folder) for folder in folders]
     rows = tabulate(zip(apart(runs), runs, strict=True))
     title = ", ".join(dict.fromkeys(run.study for run in runs))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sublens.answers import NAME, Answer
-from sublens.errors import FileError, StudyError
+from sublens.errors import FileError, SettingError, StudyError
 
 Record = dict[str, float]
 """One line of the history: what was recorded at a step. ``step`` is always there."""
@@ -104,6 +104,12 @@ class RunFolder:
     reused: dict[str, float]
     verdict: dict[str, Verdict]
     history: dict[str, list[Record]]
+
+
+def refuse_a_run(folder: Path, what: str) -> None:
+    """Raise SettingError if the folder is that of a run: ``what`` of several runs would lie among its files."""
+    if (folder / "config.json").is_file():
+        raise SettingError(f"The folder {folder} holds a run, and so no {what}. Give another folder (--out).")
 
 
 def read(folder: Path) -> RunFolder:

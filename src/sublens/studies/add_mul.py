@@ -10,6 +10,7 @@ from typing import Any
 from sublens.errors import StudyError
 from sublens.studies.arithmetic import INPUTS, OPERATIONS, OUTPUTS, confusion, task
 from sublens.studies.networks import RepeatedLSTM, feed_forward
+from sublens.studies.settings import whole
 from sublens.study import Study
 
 _BATCH = 128
@@ -71,8 +72,8 @@ def recurrent(preset: str = "quick", *, width: int = 256, layers: int = 2) -> St
     Raises:
         StudyError: no such preset, or an impossible size.
     """
-    if not 1 <= width <= _WIDEST or not 1 <= layers <= 100:
-        raise StudyError(f"width={width!r} must be 1 to {_WIDEST:,} and layers={layers!r} 1 to 100.")
+    whole("width", width, 1, _WIDEST)
+    whole("layers", layers, 1, 100)
     early = [f"lstm.weight_{kind}_l{layer}" for layer in range((layers + 1) // 2) for kind in ("ih", "hh")]
     return _study(
         preset,

@@ -16,6 +16,7 @@ from sublens.errors import StudyError
 from sublens.mask import Mask
 from sublens.studies.addition import INPUTS, OUTPUTS, PAIRS, task
 from sublens.studies.networks import RepeatedLSTM, TurnsLSTM, feed_forward
+from sublens.studies.settings import truth, whole
 from sublens.study import Asked, Study, repeat_of
 
 _BATCH = 128
@@ -61,6 +62,7 @@ def study(preset: str = "quick", *, widths: Sequence[int] | None = None, copied:
     """
     if widths is None:
         widths = (400, 400, 200) if preset == "quick" else (2000, 2000, 2000, 2000)
+    truth("copied", copied)
     if not widths or any(not isinstance(width, int) or not 1 <= width <= _WIDEST for width in widths):
         raise StudyError(f"widths={widths!r} must be whole numbers from 1 to {_WIDEST:,}, such as 400,400,200.")
     return _study(
@@ -96,8 +98,8 @@ def recurrent(
     usual_width, usual_layers = (128, 1) if preset == "quick" else (256, 2)
     width = usual_width if width is None else width
     layers = usual_layers if layers is None else layers
-    if not 1 <= width <= _WIDEST or not 1 <= layers <= 100:
-        raise StudyError(f"width={width!r} must be 1 to {_WIDEST:,} and layers={layers!r} 1 to 100.")
+    whole("width", width, 1, _WIDEST)
+    whole("layers", layers, 1, 100)
     turns = len(PAIRS)
 
     def network(seed: int) -> Any:

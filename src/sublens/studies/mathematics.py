@@ -49,11 +49,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
     # New questions in every batch: the published 2,000,000 of each module are one draw of the same generator.
     "paper": {"questions": None, "tested": 10_000},
     "quick": {
-        "network_steps": 2_500,
+        "network_steps": 6_000,
         "network_lr": 2e-3,
         "network_clip": 1.0,
         "network_warmup": 200,
-        "mask_steps": 800,
+        "mask_steps": 1_500,
         "mask_lr": 5e-2,
         "mask_clip": 1.0,
         "samples": 4,
@@ -72,7 +72,7 @@ def study(preset: str = "quick", *, module: str = "sort") -> Study:
     """Return the study of one module's questions.
 
     Args:
-        preset: ``"quick"`` (minutes; a small network, 4,000 questions of each difficulty) or ``"paper"``.
+        preset: ``"quick"`` (ten minutes; a small network, 4,000 questions of each difficulty) or ``"paper"``.
         module: ``add_or_sub``, ``differentiate``, ``linear_1d``, ``collect`` or ``sort``.
 
     Raises:
