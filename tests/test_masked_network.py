@@ -907,7 +907,7 @@ def test_a_later_call_that_vmap_does_not_take_falls_back() -> None:
 def test_a_thing_of_another_kind_is_refused_when_the_network_is_made(settings: Any, said: str) -> None:
     with pytest.raises(SettingError, match=said):
         sl.MaskedNetwork(mlp(), **settings)
-    assert sl.MaskedNetwork(mlp(), keep=torch.tensor(0.5).numpy()[()]).kept == 1.0  # any real number
+    assert sl.MaskedNetwork(mlp(), keep=torch.tensor(0.75).numpy()[()]).kept == 1.0  # any real number
 
 
 def test_the_module_in_a_data_parallel_one_is_asked_for() -> None:

@@ -273,7 +273,6 @@ class MaskedNetwork(nn.Module):
             return sums
         return self._summed()
 
-    @untraced  # torch.compile of a MaskedNetwork would lose count of its steps: one draw would serve two calls
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own output, for its own arguments, with sampled gates (training) or the mask (evaluation).
 
@@ -282,6 +281,8 @@ class MaskedNetwork(nn.Module):
             SettingError: at the first training call, it is made inside a checkpoint.
             CutGraphError: at the first training call, the network's output does not depend on any logit.
         """
+        if torch.compiler.is_compiling():  # it would lose count of the steps, and one draw would serve two calls
+            return _eagerly(self, args, kwargs)
         if not self.training:
             kept = {name: binarise(decision) for name, decision in self.decisions().items()}
             around = partial(recomputation.covered, self.network, again={})
@@ -367,6 +368,11 @@ class MaskedNetwork(nn.Module):
         """What ``print`` shows."""
         elements = sum(t.numel() for t in self.logits_tree.parameters())
         return f"{elements:,} logits of {type(self.network).__name__}, samples={self.samples}, gate={self.gate}"
+
+
+@untraced
+def _eagerly(masked: MaskedNetwork, args: Any, kwargs: Any) -> Any:
+    return masked.forward(*args, **kwargs)
 
 
 def _takes_sequence_first(network: nn.Module) -> bool:
