@@ -290,6 +290,7 @@ def test_a_one_shot_iterator_works_until_it_runs_dry(network: nn.Module) -> None
     [
         ([], "yields nothing at step 0"),
         (3, r"batches is a int; it must be a function batches\(step\)"),
+        (batches(0), r"a tuple of tensors.* batches=lambda step: \(x, y\)"),
         (TensorDataset(torch.ones(3)), "batches is a TensorDataset; .* such as a torch DataLoader"),
     ],
 )

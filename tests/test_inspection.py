@@ -314,6 +314,11 @@ def test_a_network_is_prepared_once_before_its_masks_are_trained(tmp_path: Path)
         run(tmp_path / "none", dataclasses.replace(study, prepare=lambda network: None))
 
 
+def test_one_name_is_no_list_of_names() -> None:
+    with pytest.raises(StudyError, match=r"repeated=\['low'\]"):
+        make_study(repeated="low")
+
+
 @pytest.mark.parametrize("found", [92.2, -0.5, math.nan, None, torch.zeros(2)])
 def test_a_metric_that_is_no_share_is_refused_before_anything_is_trained(tmp_path: Path, found: Any) -> None:
     study = make_study(network_steps=1, mask_steps=1, repeated=())

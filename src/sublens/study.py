@@ -265,6 +265,8 @@ class Study:
             raise StudyError(f"Study {self.name!r}: control must be a Task, not {_kind(self.control)}.")
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "settings", dict(self.settings))
+        if isinstance(self.repeated, str):
+            raise StudyError(f"Study {self.name!r}: repeated is one text; write repeated=[{self.repeated!r}].")
         object.__setattr__(self, "repeated", tuple(self.repeated))
         object.__setattr__(self, "from_control", tuple(self.from_control))
         if self.compared is not None:

@@ -43,7 +43,9 @@ def sharing_index(
     sharing = _of_room(both - chance, np.minimum(mine, others) - chance)
     if not same or np.isnan(sharing[:, 0]).any() or sharing[1:, 0].mean() <= 0:
         return None
-    return _with_interval(sharing[0] / sharing[1:].mean(0))
+    measure = sharing[1:].mean(0)
+    # In a resample of few rows the same task may share no more than random masks: there is no index in it.
+    return _with_interval(np.divide(sharing[0], measure, out=np.full_like(measure, np.nan), where=measure > 0))
 
 
 def reused_share(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sublens.errors import SettingError
 
@@ -56,6 +57,11 @@ class BatchSource:
         self._seed = seed
         self._iterator: Iterator[Any] | None = None
         self._iterates = isinstance(batches, Iterable)
+        if isinstance(batches, tuple) and batches and all(isinstance(part, Tensor) for part in batches):
+            raise SettingError(
+                "batches is a tuple of tensors, which would be taken for several batches. For one batch in every step"
+                " write batches=lambda step: (x, y)."
+            )
         if not self._iterates and not callable(batches):
             raise SettingError(
                 f"batches is a {type(batches).__name__}; it must be a function batches(step) -> batch, or something to "

@@ -54,7 +54,12 @@ def apart(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     flat = [{"study": run.study, **_flat(run.settings)} for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     differing = [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
-    return [{name: settings.get(name) for name in differing} for settings in flat]
+    return [{name: _short(name, settings.get(name)) for name in differing} for settings in flat]
+
+
+def _short(name: str, value: Any) -> Any:
+    """A file's hash as it stands in a heading."""
+    return value[:12] if name.endswith("_sha256") and isinstance(value, str) else value
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
