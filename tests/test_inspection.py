@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     result = json.loads(found["result.json"])
     assert set(result.pop("seconds")) == {"network", "both", "low", "high", "low-repeat", "analysis", "total"}
     found["result.json"] = json.dumps(result).encode()
+    parts = json.loads(found["parts.json"])
+    assert all(part.pop("seconds") >= 0 for part in parts.values())
+    found["parts.json"] = json.dumps(parts).encode()
     return found
 
 
@@ -102,6 +106,7 @@ def test_the_run_folder_holds_what_it_should(finished: Path) -> None:
         "config.json",
         "history.jsonl",
         "network.safetensors",
+        "parts.json",
         "result.json",
         *(f"masks/{name}.safetensors" for name in ("both", "low", "high", "low-repeat")),
     }
@@ -312,6 +317,21 @@ def test_a_network_is_prepared_once_before_its_masks_are_trained(tmp_path: Path)
         run(tmp_path / "other", dataclasses.replace(study, prepare=lambda network: nn.Linear(4, 4)))
     with pytest.raises(StudyError, match="returned a NoneType"):
         run(tmp_path / "none", dataclasses.replace(study, prepare=lambda network: None))
+
+
+def test_without_its_result_a_finished_run_is_asked_anew(finished: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    (again / "result.json").unlink()
+    masks = {path.name: path.stat().st_mtime_ns for path in (again / "masks").iterdir()}
+    run(again, resume=True)
+    assert masks == {path.name: path.stat().st_mtime_ns for path in (again / "masks").iterdir()}
+    result = json.loads((again / "result.json").read_text())
+    # Also what is known of the gates alone, whose logits are gone.
+    assert result["analysis"]["gates"] == json.loads((finished / "result.json").read_text())["analysis"]["gates"]
+    before, after = (json.loads((folder / "result.json").read_text())["seconds"] for folder in (finished, again))
+    assert {**before, "analysis": 0, "total": 0} == {**after, "analysis": 0, "total": 0}
+    assert contents(again) == contents(finished)
 
 
 def test_one_name_is_no_list_of_names() -> None:

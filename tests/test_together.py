@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from sublens.analysis import reused_share
-from sublens.errors import NonFiniteError, SelectionError, SettingError, StudyError
+from sublens.errors import NonFiniteError, SettingError, StudyError
 from sublens.gates import GumbelSigmoid
 from sublens.inspection import inspect, used_before
 from sublens.inspection import network as network_module
@@ -134,6 +134,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     result = json.loads(found["result.json"])
     assert set(result.pop("seconds")) == {*NAMES, "analysis", "total"}
     found["result.json"] = json.dumps(result).encode()
+    parts = json.loads(found["parts.json"])
+    assert all(part.pop("seconds") >= 0 for part in parts.values())
+    found["parts.json"] = json.dumps(parts).encode()
     return found
 
 
@@ -154,6 +157,7 @@ def test_the_run_folder_holds_a_network_and_a_mask_for_each_task(finished: Path)
     assert set(contents(finished)) == {
         "config.json",
         "history.jsonl",
+        "parts.json",
         "result.json",
         *(f"{kind}/{name}.safetensors" for kind in ("masks", "networks") for name in NAMES),
     }
@@ -289,7 +293,7 @@ def test_a_killed_run_resumes_to_the_same_bits(finished: Path, tmp_path: Path) -
 def test_what_cannot_train_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"0\.bias, 2\.bias, 4\.bias has no mask"):
         run(tmp_path / "biases", make_study(biases=False))
-    with pytest.raises(SelectionError, match="'9' matches no name"):
+    with pytest.raises(StudyError, match="fresh must name masked layers: '9' matches no name"):
         run(tmp_path / "fresh", make_study(together=Together(fresh=["9"])))
     with pytest.raises(SettingError, match="no use for the weights"):
         (tmp_path / "weights.safetensors").touch()

@@ -123,28 +123,30 @@ class Folder:
         lines = [json.dumps({"part": part, **record}, allow_nan=False) for record in history]
         earlier = [line for line in self._history() if json.loads(line)["part"] != part]
         atomic_write_text(self.path / "history.jsonl", "".join(f"{line}\n" for line in (*earlier, *lines)))
-        atomic_write_text(self._unfinished / "seconds.json", json.dumps({**self.seconds(), part: seconds}))
+        self._note(part, "seconds", seconds)
 
     def keep_probabilities(self) -> dict[str, list[int]]:
         """Return of every finished mask the histogram of its gates' keep probabilities."""
-        found = self.read_json("unfinished/keep_probabilities.json")
-        return found if isinstance(found, dict) else {}
+        return self._noted("keep_probabilities")
 
     def note_keep_probabilities(self, part: str, counts: list[int]) -> None:
         """Write down a mask's histogram, before the mask itself, since its logits are not kept."""
-        noted = {**self.keep_probabilities(), part: counts}
-        atomic_write_text(self._unfinished / "keep_probabilities.json", json.dumps(noted))
+        self._note(part, "keep_probabilities", counts)
 
     def seconds(self) -> dict[str, float]:
         """Return the wall time of every part finished so far."""
-        found = self.read_json("unfinished/seconds.json")
-        return found if isinstance(found, dict) else {}
+        return self._noted("seconds")
 
-    @property
-    def _unfinished(self) -> Path:
-        folder = self.path / "unfinished"
-        folder.mkdir(exist_ok=True)
-        return folder
+    def _note(self, part: str, what: str, value: Any) -> None:
+        parts = self._parts()
+        self.write_json("parts.json", {**parts, part: {**parts.get(part, {}), what: value}})
+
+    def _noted(self, what: str) -> dict[str, Any]:
+        return {part: known[what] for part, known in self._parts().items() if what in known}
+
+    def _parts(self) -> dict[str, dict[str, Any]]:
+        found = self.read_json("parts.json")
+        return found if isinstance(found, dict) else {}
 
     def _history(self) -> list[str]:
         path = self.path / "history.jsonl"
