@@ -13,6 +13,7 @@ import torch
 import sublens as sl
 from sublens import cli, studies
 from sublens.report import RunFolder, read, sweep_page, tabulate
+from sublens.report.comparing import apart
 from sublens.report.run_folder import Chance, MaskResult, Overlap, OverlapValues, Verdict
 from sublens.sweeping import sweep
 
@@ -227,15 +228,16 @@ def test_names_that_no_folder_can_have_stay_apart(study):
     assert len(list(Path("all/runs").glob("*/result.json"))) == 2
 
 
-def run_with(seed, accuracy, iou, **changes):
+def run_with(seed, accuracy, iou, *, study="s", preset="quick", settings=None, masks=("t",), **changes):
     band = Chance(0.25, 0.2, 0.3)
     values = OverlapValues({"iou": iou}, {"iou": band}, 10)
     values_of = {"first": {"t": accuracy, "u": 0.5}, "control": {"t": 0.75, "u": 0.5}}
     return RunFolder(
-        study="s", seed=seed, settings={}, versions={}, seconds={}, network={"t": 1.0, "u": 1.0},
+        study=study, preset=preset, seed=seed, settings=settings or {}, versions={}, seconds={},
+        network={"t": 1.0, "u": 1.0},
         masks={
             name: MaskResult(of, {}, {}, {}, {"t": Chance(0.125, 0.1, 0.2)}, 0.5, {})
-            for name, of in (("t", values_of["first"]), ("all", values_of["control"]))
+            for name, of in (*((mask, values_of["first"]) for mask in masks), ("all", values_of["control"]))
         },
         overlaps=(Overlap("t", "u", values, {}),), repeats={}, confusion={}, history={}, answers={}, analysis={},
         sharing={"t and u": accuracy - 1}, reused={"t": accuracy / 2},
@@ -285,6 +287,43 @@ def test_the_page_needs_nothing_else_and_believes_no_name():
     assert re.search(r"P_reuse: holds, fails, undecided.*alpha 0.*0, 1, 0", page, re.DOTALL)
     assert "From alpha 0 to 0.001" in page
     assert "No run has finished" in sweep_page("s", ()).html
+
+
+def test_runs_of_several_studies_are_named_by_these():
+    long = {"alpha": 1e-4, "file_sha256": "a" * 64, "study": {"width": 4}}
+    runs = [
+        run_with(0, 0.5, 0.5, study="one", settings=long),
+        run_with(0, 0.5, 0.5, study="one", settings={**long, "alpha": 1e-3, "file_sha256": "b" * 64}),
+        run_with(0, 0.5, 0.5, study="two", settings={"steps": 3}),
+        run_with(0, 0.5, 0.5, study="two", preset="paper", settings={"steps": 5}),
+    ]
+    assert apart(runs) == [
+        {"study": "one", "preset": "quick", "alpha": 1e-4, "file_sha256": "a" * 12},
+        {"study": "one", "preset": "quick", "alpha": 1e-3, "file_sha256": "b" * 12},
+        {"study": "two", "preset": "quick"},
+        {"study": "two", "preset": "paper"},
+    ]
+    page = sweep_page("one, two", tabulate(zip(apart(runs[2:]), runs[2:], strict=True)))
+    assert "study two" not in page.html  # both are of that study
+    assert "preset paper" in page.html
+    assert not page.figures  # a study's name or a preset is no axis
+
+
+def test_many_masks_are_drawn_together_and_one_value_is_no_line():
+    masks = [f"without-{index}" for index in range(12)]
+    rows = tabulate(({"alpha": alpha}, run_with(0, 0.5, 0.5, masks=masks)) for alpha in (1e-4, 1e-3))
+    drawn = sweep_page("s", rows)
+    (drawing,) = drawn.figures.values()
+    assert "kept, mean of 13: 50.0\xa0% to 50.0\xa0%" in drawn.html
+    assert "mean of 13" in drawing.svg and "random masks" in drawing.svg
+    assert "without-3" not in drawing.svg
+    page = sweep_page("s", tabulate(({"alpha": 1, "mode": mode}, run_with(0, 0.5, 0.5)) for mode in ("a", "b")))
+    assert page.figures  # along the mode
+    alone = sweep_page(
+        "s", tabulate(({"alpha": a, "mode": m}, run_with(0, 0.5, 0.5)) for a, m in ((1, "a"), (2, "b"), (3, "b")))
+    )
+    assert len(alone.figures) == 1
+    assert "Only one value of alpha has finished runs here." in alone.html
 
 
 def test_a_finished_run_of_a_sweep_reads_as_any_other(study):

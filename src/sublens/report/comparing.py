@@ -50,11 +50,24 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
 
 
 def apart(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """Return of each run the settings in which not all runs agree. The seed is not one of them."""
-    flat = [{"study": run.study, **_flat(run.settings)} for run in runs]
-    names = dict.fromkeys(name for settings in flat for name in settings)
-    differing = [name for name in names if any(settings.get(name) != flat[0].get(name) for settings in flat)]
-    return [{name: _short(name, settings.get(name)) for name in differing} for settings in flat]
+    """Return of each run what sets it apart from the others; the seed does not.
+
+    Runs of several studies, or presets, are named by these, since next to all settings differ then; and by the settings
+    in which runs of one study and preset differ.
+    """
+    kinds = [(run.study, run.preset) for run in runs]
+    flat = [_flat(run.settings) for run in runs]
+    found: list[dict[str, Any]] = []
+    for (study, preset), settings in zip(kinds, flat, strict=True):
+        like = [other for kind, other in zip(kinds, flat, strict=True) if kind == (study, preset)]
+        names = dict.fromkeys(name for other in like for name in other)
+        differing = [name for name in names if any(other.get(name) != like[0].get(name) for other in like)]
+        named = {
+            **({"study": study} if len({kind[0] for kind in kinds}) > 1 else {}),
+            **({"preset": preset} if len({kind[1] for kind in kinds}) > 1 else {}),
+        }
+        found.append({**named, **{name: _short(name, settings.get(name)) for name in differing}})
+    return found
 
 
 def _short(name: str, value: Any) -> Any:

@@ -178,6 +178,8 @@ def _overlap_points(
     )
 
 
+APART = 8
+"""How many series of a panel can be told apart, and have room for their names beside it."""
 _PANELS = (
     # measure, label of the axis, factor, whether it lies in 0..1
     ("accuracy", "accuracy (%)", 100, True),
@@ -215,7 +217,9 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> Drawing |
             # Series stand side by side: nearly all masks solve their own task, and would hide each other.
             step = (max(places) - min(places) or 1) * 0.012
             chance_named = False
-            for index, key in enumerate(keys):
+            if len(keys) > APART:
+                _together(axes, places, rows, keys, factor)
+            for index, key in enumerate(keys if len(keys) <= APART else ()):
                 look = looks[_series_of(key)]
                 found = [(place, row.find(key)) for place, row in zip(places, rows, strict=True)]
                 taken = [(place + (index - (len(keys) - 1) / 2) * step, m) for place, m in found if m is not None]
@@ -241,6 +245,35 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> Drawing |
         grid[-1].set_xticks(places[::every], labels[::every])
         grid[-1].set_xlabel(setting)
         return drawn(figure, name)
+
+
+def _together(
+    axes: "Axes", places: Sequence[float], rows: Sequence["Row"], keys: Sequence[tuple[str, str, str]], factor: int
+) -> None:
+    """Draw more measures than can be told apart: each as a thin line, and their mean, beside that of random masks."""
+    for index, key in enumerate(keys):
+        found = [(place, row.find(key)) for place, row in zip(places, rows, strict=True)]
+        axes.plot(
+            [place for place, measure in found if measure is not None],
+            [factor * measure.seen.mean for _, measure in found if measure is not None],
+            color=series_colour(0), linewidth=0.8, alpha=0.35, marker=".", markersize=3, clip_on=False,
+            label=f"each of {len(keys)}" if index == 0 else None,
+        )  # fmt: skip
+    for label, hollow in ((f"mean of {len(keys)}", False), ("random masks", True)):
+        means = []
+        for place, row in zip(places, rows, strict=True):
+            measures = [measure for measure in map(row.find, keys) if measure is not None]
+            spreads = [m.chance if hollow else m.seen for m in measures]
+            values = [spread.mean for spread in spreads if spread is not None]
+            if values:
+                means.append((place, factor * sum(values) / len(values)))
+        if means:
+            axes.plot(
+                *zip(*means, strict=True),
+                color=COLOURS["quiet"] if hollow else series_colour(0), linestyle=(0, (1, 2)) if hollow else "-",
+                linewidth=1 if hollow else 2, marker=MARKERS[0], markersize=5, clip_on=False, label=label,
+                markerfacecolor="none" if hollow else series_colour(0),
+            )  # fmt: skip
 
 
 def _not_below_0(rows: Sequence["Row"], keys: Sequence[tuple[str, str, str]]) -> bool:

@@ -89,6 +89,7 @@ class RunFolder:
     """
 
     study: str
+    preset: str | None
     seed: int | None
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -130,6 +131,7 @@ def read(folder: Path) -> RunFolder:
         verdict = _mapping(result.get("verdict") or {}, "verdict")
         return RunFolder(
             study=printable(result["study"]),
+            preset=printable(result["preset"]) if isinstance(result.get("preset"), str) else None,
             seed=result.get("seed") if isinstance(result.get("seed"), int) else None,
             settings={key: value for key, value in _items(result.get("settings", {}), "settings")},
             versions={key: printable(value) for key, value in _items(result.get("versions", {}), "versions")},

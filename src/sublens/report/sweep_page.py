@@ -11,7 +11,7 @@ from sublens.report.drawing import COLOURS, Drawing, inline
 from sublens.report.page import template_environment
 from sublens.report.run_folder import PROPERTIES, printable
 from sublens.report.sentences import percent
-from sublens.report.sweep_table import Measure, Row, Spread, as_text, described
+from sublens.report.sweep_table import CALLED, Measure, Row, Spread, as_text, described
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ def sweep_page(title: str, rows: Sequence[Row], failed: Sequence[tuple[str, str]
             charts=charts,
             properties=PROPERTIES,
             written=written,
+            interval=_interval,
             numbers=NUMBERS,
             as_text=as_text,
             colours=COLOURS,
         )
     )
-    return SweepPage(html, {chart["file"]: chart["drawing"] for chart in charts})
+    return SweepPage(html, {chart["file"]: chart["drawing"] for chart in charts if chart["drawing"] is not None})
 
 
 NUMBERS = ("iou", "iomin", "index", "reused")
@@ -66,6 +67,16 @@ def written(spread: Spread | None, what: str) -> str:
     return text if spread.sd is None else text.replace("\u00a0%", f" ± {100 * spread.sd:.1f}\u00a0%")
 
 
+def _interval(spread: Spread, what: str) -> str:
+    """Write the interval of the mean. Student's knows no bounds; a share is not below 0 or above 1."""
+    if spread.interval is None:
+        return "\u2013"
+    low, high = spread.interval
+    if what in NUMBERS:
+        return f"{low:.3f} to {high:.3f}"
+    return f"{100 * max(0.0, low):.1f} to {100 * min(1.0, high):.1f}\u00a0%"
+
+
 def _swept(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Return the settings that have several values, with these."""
     values = {
@@ -77,7 +88,7 @@ def _swept(rows: Sequence[Row]) -> dict[str, list[Any]]:
 
 def _across(rows: Sequence[Row]) -> str | None:
     """Return the setting to draw against: the first with several numbers, else the first with several values."""
-    swept = _swept(rows)
+    swept = {name: values for name, values in _swept(rows).items() if name not in ("study", "preset")}
     numeric = [name for name, values in swept.items() if all(map(_is_number, values))]
     return next(iter((*numeric, *swept)), None)
 
@@ -98,10 +109,10 @@ def _charts(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
         if all(_is_number(row.settings.get(setting)) for row in members):
             members = sorted(members, key=lambda row: row.settings[setting])
         prefix, sentence = f"sweep-{index + 1}", _sentence(members, setting)
-        drawing = figures.against_setting(members, setting, prefix)
-        if drawing is not None:
-            figure = Markup(inline(drawing.svg, prefix, sentence))
-            charts.append({"name": name, "sentence": sentence, "figure": figure, "file": prefix, "drawing": drawing})
+        several = len({as_text(row.settings.get(setting)) for row in members}) > 1
+        drawing = figures.against_setting(members, setting, prefix) if several else None
+        figure = None if drawing is None else Markup(inline(drawing.svg, prefix, sentence))
+        charts.append({"name": name, "sentence": sentence, "figure": figure, "file": prefix, "drawing": drawing})
     return charts
 
 
@@ -110,12 +121,19 @@ def _sentence(rows: Sequence[Row], setting: str) -> str:
     first, last = rows[0], rows[-1]
     if first is last:
         return f"Only one value of {setting} has finished runs here."
-    parts = []
+    told: dict[str, list[tuple[Measure, Measure]]] = {}
     for before in first.measures:
         after = last.find((before.what, before.of, before.on))
-        told = before.what in ("kept", "iou", "index", "reused") or before.on == before.of
-        if after is not None and told:
-            parts.append(f"{before.name} {_with_chance(before)} to {_with_chance(after)}")
+        own = before.what in ("kept", "iou", "index", "reused") or before.on == before.of
+        if after is not None and own:
+            told.setdefault(before.what, []).append((before, after))
+    parts = []
+    for what, pairs in told.items():
+        if len(pairs) <= figures.APART:
+            parts += [f"{before.name} {_with_chance(before)} to {_with_chance(after)}" for before, after in pairs]
+        else:
+            means = [_value(sum(pair[side].seen.mean for pair in pairs) / len(pairs), what) for side in (0, 1)]
+            parts.append(f"{CALLED[what]}, mean of {len(pairs)}: {' to '.join(means)}")
     start, end = as_text(first.settings.get(setting)), as_text(last.settings.get(setting))
     return f"From {setting} {start} to {end}: {'; '.join(parts)}."
 
@@ -126,4 +144,8 @@ def _with_chance(measure: Measure) -> str:
 
 
 def _number(spread: Spread, what: str) -> str:
-    return f"{spread.mean:.3f}" if what in NUMBERS else percent(spread.mean)
+    return _value(spread.mean, what)
+
+
+def _value(value: float, what: str) -> str:
+    return f"{value:.3f}" if what in NUMBERS else percent(value)

@@ -36,7 +36,7 @@ class Spread:
     interval: tuple[float, float] | None
 
 
-_CALLED = {
+CALLED = {
     "accuracy": "accuracy",
     "kept": "kept",
     "iou": "IoU",
@@ -70,7 +70,7 @@ class Measure:
     @property
     def name(self) -> str:
         """What it is called in a table."""
-        what = _CALLED[self.what]
+        what = CALLED[self.what]
         on = f" on {self.on}" if self.on and self.on != self.of else ""
         return f"{self.of}: {what}{on}"
 
