@@ -12,7 +12,7 @@ import torch
 
 import sublens as sl
 from sublens import cli, studies
-from sublens.report import RunFolder, read, sweep_page, tabulate
+from sublens.report import RunFolder, as_text, read, sweep_page, tabulate
 from sublens.report.comparing import apart
 from sublens.report.run_folder import Chance, MaskResult, Overlap, OverlapValues, Verdict
 from sublens.sweeping import sweep
@@ -307,6 +307,10 @@ def test_runs_of_several_studies_are_named_by_these():
     assert "study two" not in page.html  # both are of that study
     assert "preset paper" in page.html
     assert not page.figures  # a study's name or a preset is no axis
+    page = sweep_page("one, two", tabulate(zip(apart(runs[:3]), runs[:3], strict=True)))
+    assert "Against alpha" in page.html
+    assert "alpha none" not in page.html  # the other study has no such setting
+    assert as_text([]) == "none"
 
 
 def test_many_masks_are_drawn_together_and_one_value_is_no_line():

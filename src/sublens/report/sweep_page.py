@@ -102,6 +102,8 @@ def _charts(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
     others = _swept(rows).keys() - {setting}
     groups: dict[str, list[Row]] = {}
     for row in rows:
+        if setting not in row.settings:  # a run of another study, which differs from its like in other settings
+            continue
         rest = {name: value for name, value in row.settings.items() if name in others}
         groups.setdefault(described(rest), []).append(row)
     charts = []

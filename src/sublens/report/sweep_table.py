@@ -109,7 +109,7 @@ def described(settings: Mapping[str, Any]) -> str:
 def as_text(value: Any) -> str:
     """Write one setting's value: floats as short as they can be read back, lists with commas."""
     if isinstance(value, (list, tuple)):
-        return ",".join(map(as_text, value))
+        return ",".join(map(as_text, value)) or "none"
     return "none" if value is None else printable(value)
 
 
