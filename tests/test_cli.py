@@ -74,7 +74,7 @@ def test_commands_and_options_are_these():
         "studies": [],
         "show": ["run"],
         "sweep": [
-            "--alpha", "--engine", "--jobs", "--network", "--out", "--preset", "--resume", "--samples", "--seeds",
+            "--alpha", "--engine", "--groups", "--jobs", "--network", "--out", "--preset", "--resume", "--samples", "--seeds",
             "--set", "--steps", "--widths", "study",
         ],
     }  # fmt: skip

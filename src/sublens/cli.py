@@ -158,6 +158,9 @@ def _sweep(
     alpha: Annotated[
         str | None, typer.Option(metavar="LIST", help="Weights of the penalty, such as 1e-5,1e-4,1e-3.")
     ] = None,
+    groups: Annotated[
+        str | None, typer.Option(metavar="LIST", help="What shares a logit, such as weight,row,16x16.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(metavar="LIST", help="The study's presets.")] = None,
     widths: Annotated[
         list[str] | None,
@@ -193,6 +196,7 @@ def _sweep(
         ("steps", steps, int),
         ("samples", samples, int),
         ("alpha", alpha, float),
+        ("groups", groups, str),
     ):
         if text is not None:
             swept[name] = _list(f"--{name}", text, kind)

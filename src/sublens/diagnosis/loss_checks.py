@@ -25,7 +25,8 @@ def detached(seen: str) -> Finding:
         seen,
         "No gradient can flow from it, so no logit ever changes. The graph was cut somewhere: by torch.no_grad() or "
         "inference_mode() around the forward pass; by .detach(), .data, .item() or numpy; by writing masked weights "
-        "into a frozen parameter through .data or copy_(); or by a hard threshold (logits > 0) that has no gradient.",
+        "into a frozen parameter through .data or copy_(); or by a hard threshold (logits > 0) that has no gradient. "
+        "Or the loss calls the plain network, in which no gate is, in place of the masked one.",
         "Run the forward pass with gradients on, put the masked weights in per call, and let the gradient pass "
         f"the threshold:\n{_STRAIGHT_THROUGH}\n{_FUNCTIONAL}\n{_BEHIND}",
     )
@@ -153,7 +154,8 @@ def _other_leaf(logits: Mapping[str, Tensor], missing: list[str], twins: list[Te
         seen,
         "nn.Parameter(weight * gate), .data = ... and .data.copy_(...) keep the values and drop their history: a new "
         "leaf begins there, and takes the gradient that is meant for the logits. The same is seen when the network is "
-        "not frozen and the gate is a threshold without gradient.",
+        "not frozen and the gate is a threshold without gradient, or the loss calls the plain network in place of the "
+        "masked one.",
         "Never make a Parameter of masked weights. Put them in per call, from frozen weights:\n"
         f"{_STRAIGHT_THROUGH}\n{_FUNCTIONAL}",
     )

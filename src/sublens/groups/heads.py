@@ -53,9 +53,11 @@ def heads(
     place = _place(modules, name)
     if place is None:
         raise SelectionError(
-            f"groups='head': '{name}' is no projection of an attention module with a known number of heads. Select the "
-            "projections only, as in where='*attn*weight'; or give groups as a function, which may return 'head' for "
-            "them and 'row' for others, or the block lengths of a head's elements, as in (64, None)."
+            f"groups='head': '{name}' is no projection of an attention module with a known number of heads. (A module "
+            f"of your own is one if it has {_HEADS[0]}, and projections of the usual names, such as q_proj, k_proj, "
+            "v_proj and out_proj.) Select the projections only, as in where='*attn*weight'; or give groups as a "
+            "function, which may return 'head' for them and 'row' for others, or the block lengths of a head's "
+            "elements, as in (64, None)."
         )
     blocks = _blocks(modules, name, parameter, place)
     query_side = place.shared or place.role in ("query", "output")
