@@ -74,8 +74,8 @@ def test_commands_and_options_are_these():
         "studies": [],
         "show": ["run"],
         "sweep": [
-            "--alpha", "--engine", "--groups", "--jobs", "--network", "--out", "--preset", "--resume", "--samples", "--seeds",
-            "--set", "--steps", "--widths", "study",
+            "--alpha", "--engine", "--groups", "--jobs", "--network", "--out", "--preset", "--resume", "--samples",
+            "--seeds", "--set", "--steps", "--widths", "study",
         ],
     }  # fmt: skip
 
