@@ -151,7 +151,6 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(study, capsys, argument
     ("changed", "arguments", "said"),
     [
         ("", ["--groups", "head"], "groups='head'"),
-        ("", ["--samples", "17"], "samples=17 cannot share a batch of 16"),
         ("", ["--network", "bad.pt"], "do not fit the network"),
         ("compared=['9'],", [], "compared must name masked layers: '9'"),
         ("first_half=['9'],", [], "first_half names 9"),

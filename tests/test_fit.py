@@ -384,6 +384,11 @@ def test_a_loss_that_calls_the_network_from_outside_is_named(network: nn.Module)
         run_of(network, loss=lambda net, batch: loss(network, batch))
 
 
+def test_a_loss_that_evaluates_the_mask_is_named(network: nn.Module) -> None:
+    with pytest.raises(sl.CutGraphError, match="put net into evaluation mode"):
+        run_of(network, loss=lambda net, batch: loss(net.eval(), batch))
+
+
 def test_a_first_step_that_fails_leaves_the_folder_free(network: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(sl.CutGraphError):
         run_of(network, loss=lambda net, batch: loss(net, batch).detach(), folder=tmp_path)
@@ -648,6 +653,16 @@ def test_a_second_ctrl_c_ends_a_step_but_never_cuts_the_update_in_it() -> None:
             done.append("once")
         done.append("more")
     assert done == ["first", "update", "once"]
+    calls: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: calls.append(number))
+    try:
+        with uninterrupted(insist=True):
+            for sent in range(1, 4):
+                signal.raise_signal(signal.SIGINT)
+                assert len(calls) == 2 * (sent // 2)  # the first of two waits
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert len(calls) == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -334,18 +334,43 @@ def test_without_its_result_a_finished_run_is_asked_anew(finished: Path, tmp_pat
     assert contents(again) == contents(finished)
 
 
+def test_layers_that_share_their_logits_can_be_named(tmp_path: Path) -> None:
+    names = list(MaskedNetwork(make_study().network(0), biases=True, groups="row").groupings)
+    shared = [name for name in names if name.endswith("bias")]
+    study = make_study(network_steps=1, mask_steps=1, repeated=(), biases=True, groups="row")
+    run(
+        tmp_path / "run",
+        dataclasses.replace(study, compared=shared[:1], first_half=shared[:1], from_control=shared[:1]),
+    )
+
+
+def test_what_a_run_has_not_noted_of_its_gates_is_told(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    for name in ("result.json", "parts.json"):
+        (again / name).unlink()
+    run(again, resume=True)
+    assert any("how sure the gates of both, low, high" in record.getMessage() for record in caplog.records)
+
+
 def test_one_name_is_no_list_of_names() -> None:
     with pytest.raises(StudyError, match=r"repeated=\['low'\]"):
         make_study(repeated="low")
 
 
-@pytest.mark.parametrize("found", [92.2, -0.5, math.nan, None, torch.zeros(2)])
+@pytest.mark.parametrize("found", [92.2, -0.5, math.nan, None, "0.5", 10**400, torch.zeros(2)])
 def test_a_metric_that_is_no_share_is_refused_before_anything_is_trained(tmp_path: Path, found: Any) -> None:
+    drawn: list[int] = []
     study = make_study(network_steps=1, mask_steps=1, repeated=())
-    other = dataclasses.replace(study.tasks[1], metric=lambda net: found)
-    with pytest.raises(StudyError, match=rf"Task '{other.name}': metric returned .* in 0\.\.1"):
-        run(tmp_path / "run", dataclasses.replace(study, tasks=[study.tasks[0], other]))
-    assert not (tmp_path / "run" / "network.safetensors").exists()
+    control = dataclasses.replace(study.control, batches=lambda step: drawn.append(step))
+    for what in ("metric", "held_back", "left_out"):
+        other = dataclasses.replace(study.tasks[1], **{what: lambda net: found})
+        with pytest.raises(StudyError, match=rf"Task '{other.name}': {what} returned .* in 0\.\.1"):
+            run(tmp_path / "run", dataclasses.replace(study, tasks=[study.tasks[0], other], control=control))
+    assert not drawn
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_network_has_not_learned_is_told_before_its_masks_are_trained(

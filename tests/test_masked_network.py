@@ -907,7 +907,9 @@ def test_a_later_call_that_vmap_does_not_take_falls_back() -> None:
 def test_a_thing_of_another_kind_is_refused_when_the_network_is_made(settings: Any, said: str) -> None:
     with pytest.raises(SettingError, match=said):
         sl.MaskedNetwork(mlp(), **settings)
-    assert sl.MaskedNetwork(mlp(), keep=torch.tensor(0.75).numpy()[()]).kept == 1.0  # any real number
+    number = torch.tensor(0.75)
+    for keep in (number, number.numpy()[()]):
+        assert sl.MaskedNetwork(mlp(), keep=keep, seed=torch.tensor(3).numpy()[()]).kept == 1.0  # type: ignore[arg-type]
 
 
 def test_the_module_in_a_data_parallel_one_is_asked_for() -> None:
@@ -934,6 +936,7 @@ def test_a_network_that_takes_the_sequence_first_is_told(make: Any) -> None:
     for silent in ({"network": make(True)}, {"network": make(False), "batch_dim": 1}):
         sl.MaskedNetwork(**silent)
     sl.MaskedNetwork(make(False), samples=1)  # nothing is split
+    sl.MaskedNetwork(make(False), gate=sl.TopK())  # nor here, where all samples are alike
 
 
 # The compiler remarks on much of what it traces.
@@ -944,3 +947,9 @@ def test_a_masked_network_that_is_compiled_draws_anew_in_every_call() -> None:
     for call in range(5):
         assert torch.equal(compiled(x), plain(x)), call
     assert inner.step == plain.step == 5
+
+
+def test_a_masked_network_can_be_exported() -> None:
+    masked, x = sl.MaskedNetwork(mlp()).eval(), normal(8, 6)
+    exported = torch.export.export(masked, (x,))
+    torch.testing.assert_close(exported.module()(x), masked(x))

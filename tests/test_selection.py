@@ -159,6 +159,17 @@ def test_tied_tensors() -> None:
     assert list(select(network, biases=True)) == ["first.weight", "first.bias", "second.bias", "third.bias"]
 
 
+def test_lengths_of_rows_are_selected_only_by_their_names() -> None:
+    normed = torch.nn.utils.parametrizations.weight_norm
+    network = nn.Sequential(normed(nn.Linear(3, 2)), old_weight_norm(nn.Linear(2, 2)))
+    directions = ["0.parametrizations.weight.original1", "1.weight_v"]
+    assert list(select(network)) == list(select(network, ["0", "1"])) == directions
+    assert list(select(network, "1.weight_g")) == ["1.weight_g"]
+    # Names alone say nothing.
+    plain = nn.ParameterDict({name: nn.Parameter(torch.zeros(4, 6)) for name in ("w_g", "w_v", "original0")})
+    assert list(select(plain)) == ["original0", "w_g", "w_v"]
+
+
 def test_tied_names() -> None:
     names = tied_names(TiedModel())
     assert names["embed.weight"] == ("embed.weight", "head.weight")

@@ -20,6 +20,19 @@ def read(row: Tensor) -> tuple[int, int, str]:
     return 10 * tens + units, 10 * other_tens + other_units, OPERATIONS[int(row[40:].argmax())]
 
 
+def test_a_study_may_have_a_setting_called_mask_steps(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from sublens.studies.add_mul import study as other\n"
+        "def study(mask_steps=5):\n"
+        "    import dataclasses\n"
+        "    return dataclasses.replace(other(widths=(4,)), mask_steps=mask_steps)\n"
+    )
+    assert studies.configured(path, {"mask_steps": 7}).mask_steps == 7
+    with pytest.raises(StudyError, match="set by --steps"):
+        studies.configured("add-mul", {"mask_steps": 7})
+
+
 def test_every_problem_is_there_once_with_its_result() -> None:
     seen = set()
     for row, digits in zip(problems().inputs, problems().digits.tolist(), strict=True):

@@ -310,6 +310,11 @@ def test_runs_of_several_studies_are_named_by_these():
     assert not page.figures  # a study's name or a preset is no axis
     page = sweep_page("one, two", tabulate(zip(apart(runs[:3]), runs[:3], strict=True)))
     assert "Against alpha" in page.html
+    rates = [run_with(0, 0.5, 0.5, study="one", settings={"alpha": a, "lr": r}) for a in (1, 2) for r in (3, 4)]
+    mixed = [run_with(0, 0.5, 0.5, study="two"), *rates]  # whichever comes first
+    both = sweep_page("two, one", tabulate(zip(apart(mixed), mixed, strict=True)))
+    assert len(both.figures) == 2  # one for each lr
+    assert "study one, lr 3" in both.html
     assert "alpha none" not in page.html  # the other study has no such setting
     assert as_text([]) == "none"
 

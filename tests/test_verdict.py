@@ -67,7 +67,7 @@ def test_a_smaller_mask_within_a_larger_one_shares_all_that_it_can() -> None:
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     """Rows share one of two amounts, so that they differ more than by chance; the expected index is 0.5.
 
-    Of 60 intervals of 95 % the expected number that miss is 3; more than 9 have a probability of 0.2 %.
+    Of 60 intervals of 95 % the expected number that miss is 3; more than 9 have a probability of 0.07 %.
     """
     misses = 0
     for seed in range(60):
@@ -130,7 +130,7 @@ def test_the_reused_share_is_1_within_what_was_used_and_0_by_chance() -> None:
 def test_the_interval_of_a_reused_share_holds_the_truth_about_as_often_as_it_says() -> None:
     """Half of the rows keep what was used, the others other weights, so that 0.5 is reused on average, less chance.
 
-    Of 60 intervals of 95 % the expected number that miss is 3; more than 9 have a probability of 0.2 %.
+    Of 60 intervals of 95 % the expected number that miss is 3; more than 9 have a probability of 0.07 %.
     """
     misses = 0
     for seed in range(60):

@@ -236,7 +236,7 @@ def _fight(
 ) -> None:
     with _peak_memory() as peak:
         mask, seconds = _mask(study, task, net, gate, bout, folder, progress)
-    metrics = {each.name: each.measure for each in study.tasks} | {task.name: task.measure}
+    metrics = study.metrics() | {task.name: task.measure}
     result = {
         "contestant": _described(study, gate, bout),
         "kept": mask.kept,

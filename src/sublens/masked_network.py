@@ -1,7 +1,7 @@
 """``MaskedNetwork``: a frozen network, a selection and a gate make a module to call and to train."""
 
 import math
-import numbers
+import operator
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -114,7 +114,7 @@ class MaskedNetwork(nn.Module):
         start = initial_logit(keep)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise SettingError(f"samples is {samples!r}; it must be a whole number of 1 or more (the paper uses 4).")
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
             raise SettingError(f"seed={seed!r} is not a whole number.")
         if not (gate is None or isinstance(gate, Gate)):
             raise SettingError(
@@ -125,13 +125,13 @@ class MaskedNetwork(nn.Module):
         self._groupings = group(network, where, biases, groups)
         self._network = (network,)  # in a tuple, so that its parameters are not ours
         self.samples = samples
-        self.seed = seed
+        self.seed = seed = operator.index(seed)
         self.step = 0
         self.first_sample = 0
         gate = gate if gate is not None else GumbelSigmoid()
         self._routes = Routes(network, self._groupings, gate, batch_dim=batch_dim, frozen=frozen)
         self._fingerprint = fingerprint(network)
-        if samples > 1 and batch_dim == 0 and _takes_sequence_first(network):
+        if samples > 1 and self.gate.noisy and batch_dim == 0 and _takes_sequence_first(network):
             warnings.warn(
                 f"{type(network).__name__} takes the sequence first (batch_first=False), but batch_dim=0 says that the"
                 f" batch is: each of the {samples} samples would be given a part of every sequence. Give batch_dim=1.",
@@ -281,7 +281,7 @@ class MaskedNetwork(nn.Module):
             SettingError: at the first training call, it is made inside a checkpoint.
             CutGraphError: at the first training call, the network's output does not depend on any logit.
         """
-        if torch.compiler.is_compiling():  # it would lose count of the steps, and one draw would serve two calls
+        if torch.compiler.is_dynamo_compiling():  # it would lose count of the steps, and one draw would serve two calls
             return _eagerly(self, args, kwargs)
         if not self.training:
             kept = {name: binarise(decision) for name, decision in self.decisions().items()}
@@ -377,7 +377,9 @@ def _eagerly(masked: MaskedNetwork, args: Any, kwargs: Any) -> Any:
 
 def _takes_sequence_first(network: nn.Module) -> bool:
     """Whether it is one of torch's recurrent networks or Transformer modules that count the batch second."""
-    first = network.layers[0] if isinstance(network, (nn.TransformerEncoder, nn.TransformerDecoder)) else network
+    first = network
+    if isinstance(network, (nn.TransformerEncoder, nn.TransformerDecoder)) and len(network.layers):
+        first = network.layers[0]
     if isinstance(first, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         first = first.self_attn
     kinds = (nn.RNNBase, nn.Transformer, nn.MultiheadAttention)
@@ -390,9 +392,9 @@ def initial_logit(keep: float) -> float:
     Raises:
         SettingError: not strictly between 0 and 1, or beyond the bound on logits.
     """
-    given: object = keep
-    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+    if isinstance(keep, bool) or not hasattr(keep, "__float__"):
         raise SettingError(f"keep={keep!r} is no number; it is a probability, strictly between 0 and 1.")
+    keep = float(keep)
     if not 0.0 < keep < 1.0:
         hint = ""
         if math.isfinite(keep):

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from sublens.errors import SelectionError
 
@@ -109,13 +111,13 @@ class _Selector:
         self.maskable = {
             name for name, parameter in self.parameters.items() if parameter.is_floating_point() and parameter.numel()
         }
-        unmasked = {self.first[name] for name in self.parameters if self._in_unmasked_kind(name)}
+        self.unmasked = {self.first[name] for name in self.parameters if self._in_unmasked_kind(name)}
         self.default = {
             name
             for name in self.maskable
             if self.parameters[name].dim() >= 2
             and not is_bias(name)
-            and self.first[name] not in unmasked
+            and self.first[name] not in self.unmasked
             and not self._is_magnitude(name)
         }
 
@@ -213,9 +215,10 @@ class _Selector:
         return found
 
     def _weights_of(self, module: str) -> set[str]:
-        """What the name of a module means: also a weight of its own that it shares with an embedding."""
-        own = {name for name in self.maskable if _parent(name) == module and self.parameters[name].dim() >= 2}
-        return self._weights_below(module) | {name for name in own if not is_bias(name)}
+        """What the name of a module means: also a weight of its own that it shares with an embedding elsewhere."""
+        own = {name for name in self.maskable - self.default if _parent(name) == module and not is_bias(name)}
+        tied = {name for name in own if self.first[name] in self.unmasked and not self._in_unmasked_kind(name)}
+        return self._weights_below(module) | tied
 
     def _weights_below(self, module: str) -> set[str]:
         if isinstance(self.modules[module], _UNMASKED_KINDS):
@@ -235,9 +238,11 @@ class _Selector:
 
     def _is_magnitude(self, name: str) -> bool:
         """Whether these are the lengths that ``weight_norm``, of either kind, gives to the rows of a weight."""
-        if name.endswith(".original0"):
-            return type(self.modules[_parent(name)][0]).__name__ == "_WeightNorm"
-        return name.endswith("_g") and f"{name[:-2]}_v" in self.parameters
+        holder, last = self.modules[_parent(name)], name.rpartition(".")[2]
+        if isinstance(holder, ParametrizationList):
+            return last == "original0" and type(holder[0]).__name__ == "_WeightNorm"
+        hooks = holder._forward_pre_hooks.values()
+        return any(isinstance(hook, WeightNorm) and last == f"{hook.name}_g" for hook in hooks)
 
     def _nothing(self, where: Where, all_excluded: bool) -> str:
         if all_excluded:

@@ -80,8 +80,8 @@ class Task:
         """
         found = getattr(self, what)(net)
         try:
-            value = float(found)
-        except (TypeError, ValueError, RuntimeError):
+            value = math.nan if isinstance(found, str) else float(found)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             value = math.nan
         if not 0 <= value <= 1 + 1e-6:  # a float32 mean of ones may round up
             returned = repr(found) if len(repr(found)) <= 60 else _kind(found)
@@ -348,6 +348,10 @@ class Study:
             raise StudyError(
                 f"Study {self.name!r}: {other[0]} has no meaning where weights and masks train together. Leave it out."
             )
+
+    def metrics(self) -> "dict[str, Callable[[nn.Module], float]]":
+        """Return what every task measures: its name -> :meth:`Task.measure`."""
+        return {task.name: task.measure for task in self.tasks}
 
     def fit_settings(self) -> dict[str, Any]:
         """Return what :func:`sublens.fit` takes of the study's settings for any of its masks."""

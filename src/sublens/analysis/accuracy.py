@@ -44,8 +44,8 @@ def accuracies(network: nn.Module, metrics: Metrics, mask: Mask | None = None) -
 
 def _number(name: str, found: Any) -> float:
     try:
-        value = float(found)
-    except (TypeError, ValueError, RuntimeError):
+        value = math.nan if isinstance(found, str) else float(found)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         shown = repr(found) if len(repr(found)) <= 60 else f"a {type(found).__name__}"

@@ -345,6 +345,11 @@ def check_first_loss(loss: Tensor, masked: MaskedNetwork, forwards: int) -> None
     Raises:
         CutGraphError: the loss did not call the masked network, or does not reach its logits.
     """
+    if masked.step == forwards and not masked.training:
+        raise CutGraphError(
+            "loss(net, batch) put net into evaluation mode, in which no gate is sampled, so nothing can be learned from"
+            " it. Leave net in the mode that it comes in."
+        )
     if masked.step == forwards:
         raise CutGraphError(
             "loss(net, batch) did not call net, which is the network under its mask, so the loss does not depend on any"
@@ -372,15 +377,18 @@ def uninterrupted(*, insist: bool = False) -> Iterator[None]:
     def hold(*arguments: Any) -> None:
         held.append(arguments)
         if insist and len(held) > 1:
-            previous(*arguments)
+            hand_over()
+
+    def hand_over() -> None:
+        while held:  # all of them: an outer block counts
+            previous(*held.pop(0))
 
     signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    for arguments in held:  # all of them: an outer block counts
-        previous(*arguments)
+    hand_over()
 
 
 def _brief(value: object) -> str:

@@ -19,7 +19,7 @@ import sublens
 from sublens.analysis import accuracies, interrogate, measuring, overlap
 from sublens.analysis.verdict import ABLE
 from sublens.answers import Answer, percent
-from sublens.errors import SelectionError, SettingError, StudyError
+from sublens.errors import SelectionError, SettingError, StudyError, SublensError
 from sublens.fit import fit
 from sublens.fit.batches import random_state_kept, seed_torch
 from sublens.fit.settings import Record
@@ -77,6 +77,8 @@ def inspect(
 
     Raises:
         SettingError: an argument is impossible, or the folder is in use.
+        StudyError: the study does not fit its network, or a function of it does not return what it must.
+        SelectionError: its ``where`` matches nothing that can be masked.
         MismatchError: the folder holds another run, or the weights do not fit the network.
         FileError: a file cannot be read or written.
     """
@@ -89,6 +91,13 @@ def inspect(
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
     if result is None:
         networks, masks = _trained(study, seed, folder, weights, progress)
+        if unknown := [name for name in masks if name not in folder.keep_probabilities()]:
+            log.warning(
+                "sublens: how sure the gates of %s were when their training ended is not known (%s has nothing of it),"
+                " so the verdict does not ask whether they had settled.",
+                ", ".join(unknown),
+                folder.path / "parts.json",
+            )
         clock = time.perf_counter()
         answers = _answers(study, networks, masks, seed, folder.keep_probabilities())
         seconds = {**folder.seconds(), "analysis": time.perf_counter() - clock}
@@ -159,21 +168,16 @@ def _check(study: Study, seed: int, weights: Path | None) -> None:
     """Refuse what an untrained network shows to be impossible already.
 
     Raises:
-        StudyError: the study names layers that are not masked, or a batch has fewer examples than there are samples.
+        StudyError: the study names layers that are not masked, or a metric returns no number in 0..1.
         SelectionError: ``where`` matches nothing that can be masked.
         SettingError: ``groups`` does not fit the network.
         MismatchError: the weights do not.
         FileError: they cannot be read.
     """
-    if study.samples > study.batch_size:
-        raise StudyError(
-            f"Study {study.name!r}: samples={study.samples} cannot share a batch of {study.batch_size}: each takes at"
-            " least one example. Give fewer samples (--samples)."
-        )
     net = build_network(study, seed) if weights is None else load_network(study, seed, weights)
     settings = study.fit_settings()
     taken = ("keep", "samples", "where", "biases", "groups", "batch_dim")
-    names = list(MaskedNetwork(net, **{name: settings[name] for name in taken}).logits)
+    names = list(MaskedNetwork(net, **{name: settings[name] for name in taken}).groupings)
     fresh = () if study.together is None else study.together.fresh
     for what, patterns in (("compared", study.compared), ("from_control", study.from_control), ("fresh", fresh)):
         try:
@@ -185,6 +189,18 @@ def _check(study: Study, seed: int, weights: Path | None) -> None:
         raise StudyError(
             f"Study {study.name!r}: first_half names {', '.join(unknown)}; the masked layers are {', '.join(names)}."
         )
+    # Of an untrained network, but a number must come out. What fails there may not fail later, and is seen if it does.
+    with random_state_kept(), measuring(net):
+        for task in (study.control, *study.tasks):
+            for what in ("metric", "held_back", "left_out"):
+                if getattr(task, what) is not None:
+                    seed_torch("evaluate", seed, 0)
+                    try:
+                        task.measure(net, what)
+                    except SublensError:
+                        raise
+                    except Exception:
+                        log.debug("%s of %s failed on the untrained network.", what, task.name, exc_info=True)
 
 
 def _parts(study: Study) -> dict[str, Task]:
@@ -258,7 +274,7 @@ def network_of(study: Study, seed: int, folder: Folder, weights: Path | None, pr
 
 def _tell_what_is_not_learned(study: Study, net: nn.Module) -> None:
     """Warn before hours are spent on masks of functions that are not there."""
-    poor = [f"{name} in {percent(value)}" for name, value in accuracies(net, _metrics(study)).items() if value < ABLE]
+    poor = [f"{name} in {percent(value)}" for name, value in accuracies(net, study.metrics()).items() if value < ABLE]
     if poor:
         log.warning(
             "sublens: the network answers only %s. A mask cannot find what the network has not learned, and the verdict"
@@ -281,7 +297,7 @@ def _mask(
     if folder.mask(name).exists():
         return Mask.load(folder.mask(name), net)
     part_seed = seed_from(seed, name)
-    metrics = _metrics(study)
+    metrics = study.metrics()
     taken: list[str] = []
     if study.from_control and control is not None and task is not study.control:
         taken = match_names(study.from_control, control)
@@ -293,7 +309,7 @@ def _mask(
         task.loss,
         **{**study.fit_settings(), "where": _without(study.where, taken)},
         seed=part_seed,
-        evaluate=lambda masked: {task: float(metric(masked)) for task, metric in metrics.items()},
+        evaluate=lambda masked: {task: metric(masked) for task, metric in metrics.items()},
         evaluate_every=study.evaluate_every,
         folder=folder.checkpoints(name),
         resume=True,
@@ -319,10 +335,6 @@ def _without(where: Where, names: list[str]) -> Where:
     return [*(item for item in given if item is not None), *(f"!{name}" for name in names)]
 
 
-def _metrics(study: Study) -> dict[str, Callable[[nn.Module], float]]:
-    return {task.name: task.measure for task in study.tasks}
-
-
 def _answers(
     study: Study,
     networks: dict[str, nn.Module],
@@ -331,7 +343,7 @@ def _answers(
     keep_probabilities: dict[str, list[int]],
 ) -> dict[str, Any]:
     """Ask every question; see ``docs/studies.md`` for what each answer means."""
-    metrics = _metrics(study)
+    metrics = study.metrics()
     net = networks[study.tasks[-1].name]
     repeats = {name: masks[repeat_of(name)] for name in study.repeated}
     # Masks that trained along with their weights are compared by their places in the network.

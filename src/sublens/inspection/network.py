@@ -170,7 +170,7 @@ class _Training:
 
     def __init__(self, job: WeightTraining, folder: Path) -> None:
         self._job = job
-        self._metrics = {task.name: task.measure for task in job.study.tasks}
+        self._metrics = job.study.metrics()
         self._settings = {
             **job.settings,
             "steps": job.steps,

@@ -18,7 +18,7 @@ OUTRUNS = CPU == "znver5" and REGISTER == 16
 """Whether this product does twice the library's work in the same time here. AMD's processors since Zen 5 have full
 units for registers of sixteen numbers, which PyTorch's product in float32 leaves half empty (2.13, measured)."""
 KEEPS_UP = CPU == "znver4" and REGISTER == 16
-"""Whether this product in float32, which copies no weight, is as fast as the library's up to 512 rows (measured)."""
+"""Whether this product in float32, which copies no weight, is as fast as the library's below 512 rows (measured)."""
 
 
 def _emit_panel(b: Any, rows: int, vectors: int, apart: int, reduced: bool, args: Sequence[Any]) -> None:

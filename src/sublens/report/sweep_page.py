@@ -80,8 +80,8 @@ def _interval(spread: Spread, what: str) -> str:
 def _swept(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Return the settings that have several values, with these."""
     values = {
-        name: list({as_text(row.settings.get(name)): row.settings.get(name) for row in rows}.values())
-        for name in (rows[0].settings if rows else {})
+        name: list({as_text(row.settings[name]): row.settings[name] for row in rows if name in row.settings}.values())
+        for name in dict.fromkeys(name for row in rows for name in row.settings)
     }
     return {name: found for name, found in values.items() if len(found) > 1}
 

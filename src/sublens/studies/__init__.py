@@ -152,8 +152,6 @@ def configured(name_or_path: str | Path, settings: Mapping[str, Any]) -> Study:
     Raises:
         StudyError: as for :func:`load`, or an impossible value.
     """
-    if "mask_steps" in settings:
-        raise StudyError("mask_steps is set by --steps (steps of each mask).")
     fields = {name: value for name, value in settings.items() if name in _FIELDS}
     own = {name: value for name, value in settings.items() if name not in fields}
     return replace(_load(name_or_path, own, _FIELDS), **fields)
@@ -197,6 +195,8 @@ def _build(
     parameters = inspect.signature(function).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in wanted:
+            if key == "mask_steps" and key not in parameters:
+                raise StudyError("mask_steps is set by --steps (steps of each mask).")
             if key not in parameters:
                 near = difflib.get_close_matches(key, [*parameters, *also], n=1)
                 has = f" Its settings: {', '.join(parameters)}." if parameters else " It takes no settings."

@@ -35,7 +35,6 @@ _QUICK_LSTM: dict[str, Any] = {
     "mask_lr": 3e-2,
     "alpha": 1e-4,
     "evaluate_every": 200,
-    "repeated": (),
 }
 _WIDEST = 100_000
 

@@ -211,7 +211,7 @@ def _of_another(asked: Asked) -> float | None:
     task = asked.study.tasks[-1]
     if task.name != BRIGHTNESS:
         return None
-    return accuracies(asked.networks[task.name], {task.name: task.metric}, asked.masks[task.name])[task.name]
+    return accuracies(asked.networks[task.name], {task.name: task.measure}, asked.masks[task.name])[task.name]
 
 
 def accuracy(asked: Asked) -> Answer:
@@ -221,7 +221,7 @@ def accuracy(asked: Asked) -> Answer:
     tasks = [task for task in every if task.name != BRIGHTNESS]
     own, final = [], []
     for task in tasks:
-        metric = {task.name: task.metric}
+        metric = {task.name: task.measure}
         own.append(accuracies(asked.networks[task.name], metric, asked.masks[task.name])[task.name])
         # The weights of the end, seen through this task's mask, and with this task's first layer.
         network = asked.networks[task.name]

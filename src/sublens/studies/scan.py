@@ -182,7 +182,7 @@ def _held(name: str, split_seed: int, tested: int | None) -> Sentences:
 def held_back(asked: Asked) -> Answer:
     """Can the network under a split's mask still do what the split holds back?"""
     held = {task.name: task.held_back for task in asked.study.tasks if task.held_back is not None}
-    metrics = {_CONTROL: asked.study.control.metric, **held}
+    metrics = {_CONTROL: asked.study.control.measure, **held}
     splits = list(held)
     whole = accuracies(asked.network, metrics)
     under = {name: accuracies(asked.network, metrics, asked.masks[name]) for name in metrics}
