@@ -203,6 +203,8 @@ def against_setting(rows: Sequence["Row"], setting: str, name: str) -> Drawing |
     panels = []
     for what, label, factor, bounded in _PANELS:
         keys = list(dict.fromkeys((m.what, m.of, m.on) for row in rows for m in row.measures if m.what == what))
+        if what == "accuracy" and len(keys) > APART:  # drawn together: each mask on its own task, if there are such
+            keys = [key for key in keys if key[1] == key[2]] or keys
         if keys:
             panels.append((keys, label, factor, bounded))
     if not panels:
