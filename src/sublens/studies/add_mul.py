@@ -31,7 +31,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _QUICK_LSTM: dict[str, Any] = {
     "network_steps": 4_500,
     "network_lr": 3e-3,
-    "mask_steps": 800,
+    "mask_steps": 1_600,
     "mask_lr": 3e-2,
     "alpha": 1e-4,
     "evaluate_every": 200,
