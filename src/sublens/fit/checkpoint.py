@@ -107,7 +107,6 @@ class RunFolder:
         """Cut the history to what ``state`` covers, and return those records."""
         if not self._writes:
             return self._records(state)
-        _make(self.path)
         with open(self._history, "ab") as file:
             size = file.tell()
             if size < state.position:
