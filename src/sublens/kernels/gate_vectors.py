@@ -70,46 +70,88 @@ def draw(
     return types.void(*[types.int64] * 10), codegen
 
 
+@intrinsic
+def draw_two(
+    typingctx: Any, out: Any, tile: Any, other: Any, second: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, k2: Any,
+    k3: Any,
+) -> Any:  # fmt: skip
+    """Write the draws of number ``tile`` to ``out`` and those of ``second`` to ``other``, in one register if it can."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        out, tile, other, second, *words = args
+        words = [b.trunc(word, I32) for word in words]
+        if REGISTER == 2 * LANES:
+            start, keys = _begin(b, REGISTER, words)
+            blocks = [_blocks(b, LANES, each) for each in (tile, second)]
+            both = b.shuffle_vector(*blocks, ir.Constant(LONG_WORDS, list(range(REGISTER))))
+            _put_draws(b, _threefry(b, both, start, keys), [out, other])
+        else:
+            for target, each in ((out, tile), (other, second)):
+                start, keys = _begin(b, LANES, words)
+                _put_draws(b, _threefry(b, _blocks(b, LANES, each), start, keys), [target])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 11), codegen
+
+
 def _emit_draws(b: Any, together: int, out: Any, tile: Any, tiles: Any, words: Sequence[Any]) -> None:
     """The draws of ``tiles`` tiles, a multiple of ``together``. Blocks of neighbouring tiles are numbered through."""
     lanes = together * LANES
     vector = ir.VectorType(I32, lanes)
-
-    def all_of(value: int) -> Any:
-        return ir.Constant(vector, [value] * lanes)
-
-    c1, c2, c3, *key = (spread(b, vector, word) for word in words)
-    parity = b.xor(b.xor(b.xor(key[0], key[1]), b.xor(key[2], key[3])), all_of(PARITY))
-    keys = (*key, parity)
-    first = spread(b, vector, b.trunc(b.mul(tile, integer(LANES)), I32))
-    first = b.add(first, ir.Constant(vector, list(range(lanes))))
-    start = [b.add(c, k) for c, k in zip((c1, c2, c3), key[1:], strict=True)]
+    start, keys = _begin(b, lanes, words)
+    first = _blocks(b, lanes, tile)
     before, loop, after = b.block, b.append_basic_block("draw"), b.append_basic_block("drawn")
     b.cbranch(b.icmp_signed(">", tiles, integer(0)), loop, after)
     b.position_at_end(loop)
     done, block = b.phi(I64), b.phi(vector)
     done.add_incoming(integer(0), before)
     block.add_incoming(first, before)
-    x = [b.add(block, key[0]), *start]
+    of_tile = [b.add(out, b.mul(b.add(done, integer(t)), integer(2 * TILE))) for t in range(together)]
+    _put_draws(b, _threefry(b, block, start, keys), of_tile)
+    more = b.add(done, integer(together))
+    done.add_incoming(more, loop)
+    block.add_incoming(b.add(block, _all(lanes, lanes)), loop)
+    b.cbranch(b.icmp_signed("<", more, tiles), loop, after)
+    b.position_at_end(after)
+
+
+def _all(lanes: int, value: int) -> Any:
+    return ir.Constant(ir.VectorType(I32, lanes), [value] * lanes)
+
+
+def _blocks(b: Any, lanes: int, tile: Any) -> Any:
+    """Numbers of the blocks of a tile, and of those that follow if there are more lanes."""
+    first = spread(b, ir.VectorType(I32, lanes), b.trunc(b.mul(tile, integer(LANES)), I32))
+    return b.add(first, ir.Constant(first.type, list(range(lanes))))
+
+
+def _begin(b: Any, lanes: int, words: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """What the counter's words 1 to 3 are at first, and the five words of the key."""
+    c1, c2, c3, *key = (spread(b, ir.VectorType(I32, lanes), word) for word in words)
+    parity = b.xor(b.xor(b.xor(key[0], key[1]), b.xor(key[2], key[3])), _all(lanes, PARITY))
+    return [b.add(c, k) for c, k in zip((c1, c2, c3), key[1:], strict=True)], [*key, parity]
+
+
+def _threefry(b: Any, block: Any, start: Sequence[Any], keys: Sequence[Any]) -> list[Any]:
+    lanes = block.type.count
+    x = [b.add(block, keys[0]), *start]
     for r in range(ROUNDS):
         pairs = ((0, 1), (2, 3)) if r % 2 == 0 else ((0, 3), (2, 1))
         for (i, j), bits in zip(pairs, ROTATIONS[r % 8], strict=True):
             x[i] = b.add(x[i], x[j])
-            x[j] = b.xor(b.or_(b.shl(x[j], all_of(bits)), b.lshr(x[j], all_of(32 - bits))), x[i])
+            x[j] = b.xor(b.or_(b.shl(x[j], _all(lanes, bits)), b.lshr(x[j], _all(lanes, 32 - bits))), x[i])
         if r % 4 == 3:
             s = (r + 1) // 4
             x = [b.add(x[i], keys[(s + i) % 5]) for i in range(4)]
-            x[3] = b.add(x[3], all_of(s))
-    for t in range(together):
-        address = b.add(out, b.mul(b.add(done, integer(t)), integer(2 * TILE)))
-        of_tile = ir.Constant(WORDS, list(range(t * LANES, (t + 1) * LANES)))
+            x[3] = b.add(x[3], _all(lanes, s))
+    return x
+
+
+def _put_draws(b: Any, x: Sequence[Any], of_tile: Sequence[Any]) -> None:
+    for t, address in enumerate(of_tile):
+        lanes = ir.Constant(WORDS, list(range(t * LANES, (t + 1) * LANES)))
         for w in range(4):
-            store(b, b.shuffle_vector(x[w], x[w], of_tile), b.add(address, integer(4 * LANES * w)))
-    more = b.add(done, integer(together))
-    done.add_incoming(more, loop)
-    block.add_incoming(b.add(block, all_of(lanes)), loop)
-    b.cbranch(b.icmp_signed("<", more, tiles), loop, after)
-    b.position_at_end(after)
+            store(b, b.shuffle_vector(x[w], x[w], lanes), b.add(address, integer(4 * LANES * w)))
 
 
 def _gates(with_odds: bool) -> Any:

@@ -8,12 +8,13 @@ from typing import Any
 
 from numba import carray, cfunc, njit, types
 
-from sublens.kernels.gate_vectors import fold_of, fold_pair_of, masked_of
+from sublens.kernels.gate_vectors import draw, draw_two, fold_of, fold_pair_of, masked_of
 from sublens.kernels.halves import masked_halves_of, masked_rows_of, paired_of, rounded_of
 from sublens.kernels.loops import (
     COUNTER,
     GRADIENT,
     INT,
+    KEY,
     LOGITS,
     PAIR,
     RESULT,
@@ -21,7 +22,6 @@ from sublens.kernels.loops import (
     WEIGHT,
     WORDS,
     copy,
-    draw_run,
     f32,
     fill,
     gates,
@@ -32,8 +32,21 @@ from sublens.kernels.loops import (
     mask_pair,
     times,
 )
-from sublens.kernels.product import product, product_of
-from sublens.kernels.vector import GROUP, REGISTER, WIDTH, as_float, as_word, pointer, take, transpose, wait, written
+from sublens.kernels.product import (
+    AHEAD,
+    AT_ONCE,
+    COLUMN,
+    EVERY,
+    JUMP,
+    LEFT,
+    ONE,
+    OTHER,
+    PER_ROW,
+    fetch_rest,
+    product,
+    product_of,
+)
+from sublens.kernels.vector import GROUP, LINE, REGISTER, WIDTH, as_float, as_word, pointer, take, transpose, wait, written
 from sublens.noise import PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables, the masked weights of two samples, the inputs of 128
@@ -177,19 +190,21 @@ def _paired_panel(source: Any, source_r: Any, target: Any, chunk: Any, rows: Any
         paired_of(target + 2 * r * PANEL, room, room + 4 * PANEL, PANEL)
 
 
-_SHARE_AHEAD = types.UniTuple(types.int64, 2)
-
-
-@njit(_SHARE_AHEAD(*[INT] * 5, WORDS), error_model="numpy", cache=True, nogil=True)
-def _ahead(top: Any, left: Any, size: Any, call: Any, calls: Any, p: Any) -> Any:
-    """Where a share of the weights and logits that come next begins in their first row, and how many numbers it is.
-
-    They are fetched while products keep the processor busy: weights in every other call, logits in those between.
-    """
-    times, turn = (calls + 1 - call % 2) // 2, call // 2
-    begin, end = turn * size // times, (turn + 1) * size // times
-    array = p[WEIGHT] if call % 2 == 0 else p[LOGITS]
-    return array + 4 * (top * p[ACROSS] + left + begin), end - begin
+@loop(*[INT] * 6, WORDS)
+def _look_ahead(state: Any, top: Any, left: Any, rows: Any, size: Any, steps: Any, p: Any) -> None:
+    """Let products fetch the weights and logits of a block, spread over the ``steps`` that they take until then."""
+    ahead = carray(pointer(state), (AHEAD,), i64)
+    ahead[LEFT] = 0
+    if rows <= 0 or size <= 0:
+        return
+    at = 4 * (top * p[ACROSS] + left)
+    lines = (4 * size + LINE - 1) // LINE + 1  # a row need not begin where a line does
+    ahead[LEFT], ahead[COLUMN], ahead[PER_ROW] = rows * lines, 0, lines
+    ahead[JUMP] = 4 * p[ACROSS] - (lines - 1) * LINE
+    ahead[EVERY] = 1
+    while 2 * ahead[EVERY] * rows * lines <= steps:
+        ahead[EVERY] *= 2
+    ahead[ONE], ahead[OTHER] = p[WEIGHT] + at, p[LOGITS] + at
 
 
 # Scratch of a thread, in bytes from its beginning.
@@ -202,7 +217,8 @@ _LIMITS = _TILES + 2 * 4 * ROWS * PANEL
 _DRAWS = _LIMITS + 2 * ROWS * _PITCH
 _HALVES = _DRAWS + 2 * ROWS * _DRAWN  # weights in bfloat16
 _OF_WEIGHT = _HALVES + 2 * ROWS * _PITCH
-MORE = (_OF_WEIGHT + 4 * ROWS * _PITCH + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
+_AHEAD = _OF_WEIGHT + 4 * ROWS * _PITCH
+MORE = (_AHEAD + 8 * AHEAD + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
 """Bytes that are the same for any layer. Then come the outputs of a block of ROWS rows, or the inputs of WIDE columns
 and their gradient: for each row of the chunks' pieces ROWS numbers, or twice WIDE."""
 
@@ -216,8 +232,23 @@ def _accumulate(total: Any, numbers: Any, count: Any) -> None:
 
 @loop(INT, INT, INT, INT, INT, INT, WORDS)
 def _draw_block(scratch: Any, pair: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
+    """Write the draws of all tiles that a block's rows lie in. Of rows with an odd number, the last tiles go in twos."""
+    k0, k1, k2, k3, low, high = p[KEY], p[KEY + 1], p[KEY + 2], p[KEY + 3], p[COUNTER + 1], p[COUNTER + 2]
+    waiting, number = i64(0), i64(0)
     for r in range(rows):
-        draw_run(scratch + _DRAWS + 2 * r * _DRAWN, (p[FIRST] + top + r) * p[ACROSS] + left, size, pair, p)
+        out, element = scratch + _DRAWS + 2 * r * _DRAWN, (p[FIRST] + top + r) * p[ACROSS] + left
+        tile, end = element // TILE, (element + size + TILE - 1) // TILE
+        odd = (end - tile) % 2
+        draw(out, tile, end - tile - odd, pair, low, high, k0, k1, k2, k3)
+        if odd == 1:
+            last, at = end - 1, out + 2 * TILE * (end - 1 - tile)
+            if waiting == 0:
+                waiting, number = at, last
+            else:
+                draw_two(waiting, number, at, last, pair, low, high, k0, k1, k2, k3)
+                waiting = i64(0)
+    if waiting != 0:
+        draw(waiting, number, 1, pair, low, high, k0, k1, k2, k3)
 
 
 @njit(types.int64(INT), error_model="numpy", cache=True, nogil=True)
@@ -285,7 +316,7 @@ def _forward(p: Any) -> None:
     chunk, pieces, length, in_word = p[CHUNK_ROWS], p[PIECES], p[LENGTH], p[IN_WORD]
     words = (across + in_word - 1) // in_word
     scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
-    sums = scratch + MORE
+    sums, ahead = scratch + MORE, scratch + _AHEAD
     _pack(p[INPUTS], across, scratch + _TOTAL, p)
     while True:
         top = take(p.ctypes.data, 1) * ROWS
@@ -298,7 +329,8 @@ def _forward(p: Any) -> None:
             if next_left >= across:  # what this thread takes next, unless another one is faster
                 next_top, next_left = take(p.ctypes.data, 0) * ROWS, 0
             next_size = min(wide, across - next_left) if next_top < height else 0
-            call, calls = 0, samples * pieces * ((size + _SLICE - 1) // _SLICE)
+            steps = rows * size * samples * pieces * length // (AT_ONCE * in_word)
+            _look_ahead(ahead, next_top, next_left, min(ROWS, height - next_top), next_size, steps, p)
             for r in range(rows):
                 gates(scratch + _LIMITS + 2 * r * _PITCH, 0, p[LOGITS] + 4 * ((top + r) * across + left), size)
             if in_word == 2:
@@ -317,19 +349,15 @@ def _forward(p: Any) -> None:
                             piece = (i + k) * pieces + part
                             x = p[PACKED] + 4 * (piece * words + (left + c) // in_word) * length
                             y = sums + 4 * piece * ROWS * length
-                            ahead, count = 0, 0
-                            if next_size > 0:
-                                ahead, count = _ahead(next_top, next_left, next_size, call, calls, p)
                             masked = scratch + _BLOCK + k * _APART + 4 * (c // in_word)
                             if in_word == 2:
                                 _reduced_by_rows(length // REGISTER, rows, masked, 1, _PITCH, 0, x, length, 0, y,
-                                                 length, deep, 1, i64(left + c == 0), ahead, across,
-                                                 count)  # fmt: skip
+                                                 length, deep, 1, i64(left + c == 0), ahead)
                             else:
                                 _by_rows(length // REGISTER, rows, masked, 1, _PITCH, 0, x, length, 0, y, length, deep,
-                                         1, i64(left + c == 0), ahead, across, count)  # fmt: skip
-                            call += 1
+                                         1, i64(left + c == 0), ahead)  # fmt: skip
                 i += together
+            fetch_rest(ahead)
         for i in range(samples):
             for first in range(0, chunk, length):
                 y = p[GRADIENT] + 4 * ((i * chunk + first) * height + top)
@@ -352,7 +380,7 @@ def _backward(p: Any) -> None:
     inputs = scratch + MORE
     of_inputs = inputs + 4 * samples * whole * wide
     odds, limits, total = scratch + _ODDS, scratch + _LIMITS, scratch + _TOTAL
-    tiles, of_weight = scratch + _TILES, scratch + _OF_WEIGHT
+    tiles, of_weight, ahead = scratch + _TILES, scratch + _OF_WEIGHT, scratch + _AHEAD
     _pack(p[GRADIENT], height, total, p)
     while True:
         left = take(p.ctypes.data, 1) * wide
@@ -378,7 +406,9 @@ def _backward(p: Any) -> None:
             fill(total, rows * _PITCH, f32(0.0))
             if p[OF_WEIGHT] != 0:
                 fill(of_weight, rows * _PITCH, f32(0.0))
-            call, calls = 0, samples * ((size + PANEL - 1) // PANEL)
+            products = 1 if p[OF_INPUTS] == 0 else 2
+            steps = products * rows * size * samples * whole // (AT_ONCE * in_word)
+            _look_ahead(ahead, top + ROWS, left, min(ROWS, height - top - ROWS), size, steps, p)
             i = 0
             while i < samples:
                 sample = p[COUNTER] + i
@@ -389,18 +419,13 @@ def _backward(p: Any) -> None:
                     for k in range(i, i + together):
                         g = p[TURNED] + 4 * (k * pieces * height + top) * deep
                         x = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
-                        ahead, count = 0, 0
-                        if top + ROWS < height:
-                            ahead, count = _ahead(top + ROWS, left, size, call, calls, p)
                         tile = tiles + 4 * (k - i) * ROWS * PANEL
                         if in_word == 2:
                             _reduced_by_pieces(rows, g, 1, deep, height * deep, x, PANEL,
-                                               deep * PANEL, tile, PANEL, deep, pieces, 1, ahead, across,
-                                               count)  # fmt: skip
+                                               deep * PANEL, tile, PANEL, deep, pieces, 1, ahead)  # fmt: skip
                         else:
                             _by_pieces(rows, g, 1, deep, height * deep, x, PANEL, deep * PANEL, tile,
-                                       PANEL, deep, pieces, 1, ahead, across, count)  # fmt: skip
-                        call += 1
+                                       PANEL, deep, pieces, 1, ahead)  # fmt: skip
                     # Of a panel beyond the weight's last column the rest is computed too, from whatever the tables
                     # hold there, and never read.
                     for r in range(rows):
@@ -429,11 +454,12 @@ def _backward(p: Any) -> None:
                                 strip, sums = min(_STRIP, size - c), (rows + in_word - 1) // in_word
                                 if in_word == 2:
                                     _reduced_by_columns(length // REGISTER, strip, masked, _PITCH, 1, 0, g, length, 0,
-                                                        x, length, sums, 1, i64(top == 0), 0, 0, 0)  # fmt: skip
+                                                        x, length, sums, 1, i64(top == 0), ahead)  # fmt: skip
                                 else:
                                     _by_columns(length // REGISTER, strip, masked, _PITCH, 1, 0, g, length, 0, x,
-                                                length, sums, 1, i64(top == 0), 0, 0, 0)  # fmt: skip
+                                                length, sums, 1, i64(top == 0), ahead)  # fmt: skip
                 i += together
+            fetch_rest(ahead)
             for r in range(rows):
                 element = 4 * ((top + r) * across + left)
                 times(p[RESULT] + element, total + 4 * r * _PITCH, p[WEIGHT] + element, size)

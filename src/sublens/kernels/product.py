@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from sublens.kernels.halves import summed
-from sublens.kernels.vector import CPU, F32, FUSE, I64, LONG_FLOATS, REGISTER, fetch, integer, load, spread, store
+from sublens.kernels.vector import CPU, F32, FUSE, I64, LINE, LONG_FLOATS, REGISTER, integer, load, prefetch, spread, store
 
 OUTRUNS = CPU == "znver5" and REGISTER == 16
 """Whether this product does twice the library's work in the same time here. AMD's processors since Zen 5 have full
@@ -21,11 +21,61 @@ KEEPS_UP = CPU == "znver4" and REGISTER == 16
 """Whether this product in float32, which copies no weight, is as fast as the library's below 512 rows (measured)."""
 
 
+LEFT, COLUMN, PER_ROW, JUMP, EVERY, ONE, OTHER = range(7)
+AHEAD = 7
+"""Lines of the cache that products fetch as they go, as AHEAD int64 in memory: LEFT lines of each of two arrays of the
+same layout, from the addresses ONE and OTHER on. A row has PER_ROW of them, of which COLUMN are done, and the next
+row's first line is JUMP bytes after a row's last one. One of each array is fetched in steps 0, EVERY, 2 EVERY, ... of a
+product; EVERY is a power of two. Many at once would fill the buffers that the product's own operands need, too."""
+
+
+def _emit_ahead(b: Any, state: Any, t: Any) -> None:
+    """Fetch a line of each array, if this is a step to do that in and one is left."""
+    step, fetching, after = (b.append_basic_block(name) for name in ("step", "fetching", "fetched"))
+    places = [b.inttoptr(b.add(state, integer(8 * field)), I64.as_pointer()) for field in range(AHEAD)]
+    b.cbranch(b.icmp_signed("==", b.and_(t, b.sub(b.load(places[EVERY]), integer(1))), integer(0)), step, after)
+    b.position_at_end(step)
+    left = b.load(places[LEFT])
+    b.cbranch(b.icmp_signed(">", left, integer(0)), fetching, after)
+    b.position_at_end(fetching)
+    b.store(b.sub(left, integer(1)), places[LEFT])
+    column = b.add(b.load(places[COLUMN]), integer(1))
+    ended = b.icmp_signed("==", column, b.load(places[PER_ROW]))
+    b.store(b.select(ended, integer(0), column), places[COLUMN])
+    forth = b.select(ended, b.load(places[JUMP]), integer(LINE))
+    for place in (places[ONE], places[OTHER]):
+        address = b.load(place)
+        prefetch(b, address)
+        b.store(b.add(address, forth), place)
+    b.branch(after)
+    b.position_at_end(after)
+
+
+@intrinsic
+def fetch_rest(typingctx: Any, state: Any) -> Any:
+    """Fetch what is left, at once."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        (state,) = args
+        left = b.inttoptr(state, I64.as_pointer())
+        loop, body, after = (b.append_basic_block(name) for name in ("rest", "line", "rested"))
+        b.branch(loop)
+        b.position_at_end(loop)
+        b.cbranch(b.icmp_signed(">", b.load(left), integer(0)), body, after)
+        b.position_at_end(body)
+        _emit_ahead(b, state, integer(0))
+        b.branch(loop)
+        b.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 def _emit_panel(b: Any, rows: int, vectors: int, apart: int, reduced: bool, args: Sequence[Any]) -> None:
     """C[r] += sum over o and t of A[o, t, r] B[o, t], for ``rows`` rows r of ``vectors`` vectors, kept in registers."""
     a, b_, c = args[0], args[4], args[7]
     a_t, a_r, a_o, b_t, b_o, c_r = (b.mul(stride, integer(4)) for stride in (*args[1:4], *args[5:7], args[8]))
-    count, outer_count, fresh = args[9], args[10], args[11]
+    count, outer_count, fresh, ahead = args[9:13]
     places = [(r, v) for r in range(rows) for v in range(vectors)]
     if apart:
         a_r = integer(4 * apart)
@@ -48,6 +98,8 @@ def _emit_panel(b: Any, rows: int, vectors: int, apart: int, reduced: bool, args
     sums = [b.phi(LONG_FLOATS) for _ in places]
     for phi, value in zip((t, a_inner, b_inner, *sums), (integer(0), a_outer, b_outer, *sums_outer), strict=True):
         phi.add_incoming(value, outer)
+    _emit_ahead(b, ahead, t)
+    last = b.block
 
     def one(r: int) -> Any:
         address = b.add(a_inner, b.mul(a_r, integer(r)))
@@ -77,7 +129,7 @@ def _emit_panel(b: Any, rows: int, vectors: int, apart: int, reduced: bool, args
     next_t = b.add(t, integer(1))
     following = (next_t, b.add(a_inner, a_t), b.add(b_inner, b_t), *results)
     for phi, value in zip((t, a_inner, b_inner, *sums), following, strict=True):
-        phi.add_incoming(value, inner)
+        phi.add_incoming(value, last)
     b.cbranch(b.icmp_signed("<", next_t, count), inner, latch)
 
     b.position_at_end(latch)
@@ -96,13 +148,13 @@ def _panel(rows: int, vectors: int, apart: int, reduced: bool) -> Any:
     @intrinsic
     def panel(
         typingctx: Any, a: Any, a_t: Any, a_r: Any, a_o: Any, b: Any, b_t: Any, b_o: Any, c: Any, c_r: Any, n: Any,
-        m: Any, fresh: Any,
+        m: Any, fresh: Any, ahead: Any,
     ) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _emit_panel(builder, rows, vectors, apart, reduced, args)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 12), codegen
+        return types.void(*[types.int64] * 13), codegen
 
     return panel
 
@@ -118,19 +170,17 @@ def product_of(vectors: int, apart: int = 0, reduced: bool = False) -> Any:
     @njit(error_model="numpy", nogil=True)
     def run(
         rows: Any, a: Any, a_t: Any, a_r: Any, a_o: Any, b: Any, b_t: Any, b_o: Any, c: Any, c_r: Any, n: Any, m: Any,
-        fresh: Any, ahead: Any, ahead_r: Any, ahead_n: Any,
+        fresh: Any, ahead: Any,
     ) -> None:  # fmt: skip
         r = 0
         while r + many <= rows:
-            for i in range(r, r + many):
-                fetch(ahead + 4 * ahead_r * i, ahead_n)
-            of_many(a + 4 * a_r * r, a_t, a_r, a_o, b, b_t, b_o, c + 4 * c_r * r, c_r, n, m, fresh)
+            of_many(a + 4 * a_r * r, a_t, a_r, a_o, b, b_t, b_o, c + 4 * c_r * r, c_r, n, m, fresh, ahead)
             r += many
         while r + few <= rows:
-            of_few(a + 4 * a_r * r, a_t, a_r, a_o, b, b_t, b_o, c + 4 * c_r * r, c_r, n, m, fresh)
+            of_few(a + 4 * a_r * r, a_t, a_r, a_o, b, b_t, b_o, c + 4 * c_r * r, c_r, n, m, fresh, ahead)
             r += few
         while r < rows:
-            of_one(a + 4 * a_r * r, a_t, a_r, a_o, b, b_t, b_o, c + 4 * c_r * r, c_r, n, m, fresh)
+            of_one(a + 4 * a_r * r, a_t, a_r, a_o, b, b_t, b_o, c + 4 * c_r * r, c_r, n, m, fresh, ahead)
             r += 1
 
     return run
@@ -140,15 +190,17 @@ _ROWS = (
     {4: (6, 2), 3: (8, 4), 2: (12, 4), 1: (24, 8)} if REGISTER == 16 else {4: (3, 2), 3: (4, 2), 2: (6, 2), 1: (8, 4)}
 )
 """Rows of a product that are summed at once, by their number of vectors."""
+AT_ONCE = 2 * _ROWS[2][0] * REGISTER
+"""Numbers of C that are summed at once, where there are rows enough."""
 
 
 def product(apart: int = 0, reduced: bool = False) -> Any:
     """A function for Numba: C[r] += sum over o < m and t < n of A[o, t, r] B[o, t], for rows of 1 to 4 vectors.
 
-    It takes ``(vectors, rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)``: A, B and
+    It takes ``(vectors, rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead)``: A, B and
     C are addresses of float32 data; ``a_t`` is the stride of A along t, and so on; vectors are contiguous; n and m are
-    at least 1. If ``fresh`` is not 0, what C held before does not count. While the rows are computed, as many of
-    ``ahead_n`` numbers, ``ahead_r`` apart, are fetched from ``ahead`` on: a few at a time, so that products hide it.
+    at least 1. If ``fresh`` is not 0, what C held before does not count. ``ahead`` is the address of what is fetched
+    meanwhile (:data:`AHEAD`).
 
     Args:
         apart: the stride of A along r, if it is always the same. It is then part of the instructions. Otherwise one
@@ -160,15 +212,15 @@ def product(apart: int = 0, reduced: bool = False) -> Any:
     @njit(error_model="numpy", nogil=True)
     def run(
         vectors: Any, rows: Any, a: Any, a_t: Any, a_r: Any, a_o: Any, b: Any, b_t: Any, b_o: Any, c: Any, c_r: Any,
-        n: Any, m: Any, fresh: Any, ahead: Any, ahead_r: Any, ahead_n: Any,
+        n: Any, m: Any, fresh: Any, ahead: Any,
     ) -> None:  # fmt: skip
         if vectors == 4:
-            by_4(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)
+            by_4(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead)
         elif vectors == 3:
-            by_3(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)
+            by_3(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead)
         elif vectors == 2:
-            by_2(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)
+            by_2(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead)
         else:
-            by_1(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead, ahead_r, ahead_n)
+            by_1(rows, a, a_t, a_r, a_o, b, b_t, b_o, c, c_r, n, m, fresh, ahead)
 
     return run

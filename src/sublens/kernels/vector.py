@@ -18,7 +18,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 WIDTH = 8
-_LINE = 64  # bytes that a cache moves at a time
+LINE = 64  # bytes that a cache moves at a time
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOATS, WORDS = ir.VectorType(F32, WIDTH), ir.VectorType(I32, WIDTH)
 # What is compiled for, which Numba's environment variables may change: (triple, name, features).
@@ -115,30 +115,12 @@ def as_word(typingctx: Any, number: Any) -> Any:
     return types.int32(types.float32), codegen
 
 
-@intrinsic
-def fetch(typingctx: Any, address: Any, count: Any) -> Any:
-    """Ask for ``count`` float32 numbers to be brought into the second-level cache, without waiting for them."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        address, count = args
-        byte = ir.IntType(8).as_pointer()
-        arguments = [byte, I32, I32, I32]
-        prefetch = b.module.declare_intrinsic("llvm.prefetch.p0", (), ir.FunctionType(ir.VoidType(), arguments))
-        end = b.add(address, b.mul(count, integer(4)))
-        before, loop, after = b.block, b.append_basic_block("fetch"), b.append_basic_block("fetched")
-        b.cbranch(b.icmp_signed("<", address, end), loop, after)
-        b.position_at_end(loop)
-        at = b.phi(I64)
-        at.add_incoming(address, before)
-        kind = [ir.Constant(I32, n) for n in (0, 2, 1)]  # to read; kept in the second level; data
-        b.call(prefetch, [b.inttoptr(at, byte), *kind])
-        following = b.add(at, integer(_LINE))
-        at.add_incoming(following, loop)
-        b.cbranch(b.icmp_signed("<", following, end), loop, after)
-        b.position_at_end(after)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
+def prefetch(b: Any, address: Any) -> None:
+    """Ask for the line of an address to be brought into the second-level cache, without waiting for it."""
+    byte = ir.IntType(8).as_pointer()
+    function = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    kind = [ir.Constant(I32, n) for n in (0, 2, 1)]  # to read; kept in the second level; data
+    b.call(b.module.declare_intrinsic("llvm.prefetch.p0", (), function), [b.inttoptr(address, byte), *kind])
 
 
 GROUP = 32
