@@ -32,8 +32,14 @@ from sublens.noise import LANES, LEVELS, PARITY, ROTATIONS, ROUNDS, TILE
 
 
 def _in_groups(b: Any, count: Any, work: Callable[[list[Any]], None]) -> None:
-    """Do some work for every GROUP of ``count`` numbers, a multiple of it: it is given the first of each vector."""
-    in_steps(b, GROUP, count, lambda j: work([b.add(j, integer(REGISTER * i)) for i in range(GROUP // REGISTER)]))
+    """Do some work for ``count`` numbers, a multiple of REGISTER: it is given the first of each vector.
+
+    That is a GROUP of them at a time, and then one vector after the other.
+    """
+    whole = b.and_(count, integer(-GROUP))
+    vectors = [integer(REGISTER * i) for i in range(GROUP // REGISTER)]
+    in_steps(b, GROUP, integer(0), whole, lambda j: work([b.add(j, vector) for vector in vectors]))
+    in_steps(b, REGISTER, whole, count, lambda j: work([j]))
 
 
 def _numbers(b: Any, address: Any, places: list[Any]) -> list[Any]:
@@ -208,7 +214,7 @@ limits_of, limits_and_odds_of = _gates(False), _gates(True)
 
 @intrinsic
 def masked_of(typingctx: Any, out: Any, weight: Any, drawn: Any, limits: Any, pattern: Any, count: Any) -> Any:
-    """Write ``count`` masked weights, a multiple of GROUP: a weight where its draw is not below its threshold, or 0."""
+    """Write ``count`` masked weights, a multiple of REGISTER: a weight where its draw is not below its threshold, or 0."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         out, weight, drawn, limits, pattern, count = args
@@ -253,7 +259,7 @@ def masked_pair_of(
 
 @intrinsic
 def fold_of(typingctx: Any, total: Any, gradient: Any, drawn: Any, odds: Any, pattern: Any, count: Any) -> Any:
-    """Add a sample's gradient of ``count`` masked weights, a multiple of GROUP, times ds/dlogit.
+    """Add a sample's gradient of ``count`` masked weights, a multiple of REGISTER, times ds/dlogit.
 
     With u = a / (a + b) and odds o, s is a o / (a o + b), and ds/dlogit is s (1 - s) = a o b / (a o + b)^2.
     """
@@ -302,7 +308,7 @@ def fold_pair_of(
 
 @intrinsic
 def times_of(typingctx: Any, out: Any, total: Any, weight: Any, count: Any) -> Any:
-    """Write ``count`` products, a multiple of GROUP, past the caches; ``out`` is a multiple of a vector's bytes.
+    """Write ``count`` products, a multiple of REGISTER, past the caches; ``out`` is a multiple of a vector's bytes.
 
     An ordinary store first reads what it overwrites: where nothing of it is read again soon, a third of the traffic.
     Other threads see the numbers after :func:`written`.

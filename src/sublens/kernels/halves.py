@@ -96,7 +96,7 @@ def rounded_of(typingctx: Any, out: Any, numbers: Any, count: Any) -> Any:
             words = b.lshr(_rounded(b, b.add(numbers, b.mul(j, integer(4)))), bits)
             store(b, b.trunc(words, ir.VectorType(I16, WIDTH)), b.add(out, b.mul(j, integer(2))), align=2)
 
-        in_steps(b, WIDTH, count, work)
+        in_steps(b, WIDTH, integer(0), count, work)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), codegen
@@ -116,7 +116,7 @@ def paired_of(typingctx: Any, out: Any, low: Any, high: Any, count: Any) -> Any:
             one, other = _rounded(b, b.add(low, at)), _rounded(b, b.add(high, at))
             store(b, b.or_(b.lshr(one, bits), b.and_(other, upper)), b.add(out, at))
 
-        in_steps(b, WIDTH, count, work)
+        in_steps(b, WIDTH, integer(0), count, work)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
@@ -141,7 +141,7 @@ def masked_halves_of(typingctx: Any, out: Any, halves: Any, drawn: Any, limits: 
         def work(j: Any) -> None:
             store(b, _masked(b, halves, drawn, limits, pattern, j), b.add(out, b.mul(j, integer(2))), align=2)
 
-        in_steps(b, GROUP, count, work)
+        in_steps(b, GROUP, integer(0), count, work)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), codegen
@@ -167,7 +167,7 @@ def masked_rows_of(
             words = b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 2 * GROUP), both))
             store(b, words, b.add(out, b.mul(j, integer(4))), align=2)
 
-        in_steps(b, GROUP, count, work)
+        in_steps(b, GROUP, integer(0), count, work)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 8), codegen

@@ -46,7 +46,19 @@ from sublens.kernels.product import (
     product,
     product_of,
 )
-from sublens.kernels.vector import GROUP, LINE, REGISTER, WIDTH, as_float, as_word, pointer, take, transpose, wait, written
+from sublens.kernels.vector import (
+    GROUP,
+    LINE,
+    REGISTER,
+    WIDTH,
+    as_float,
+    as_word,
+    pointer,
+    take,
+    transpose,
+    wait,
+    written,
+)
 from sublens.noise import PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables, the masked weights of two samples, the inputs of 128
@@ -232,7 +244,7 @@ def _accumulate(total: Any, numbers: Any, count: Any) -> None:
 
 @loop(INT, INT, INT, INT, INT, INT, WORDS)
 def _draw_block(scratch: Any, pair: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
-    """Write the draws of all tiles that a block's rows lie in. Of rows with an odd number, the last tiles go in twos."""
+    """Write the draws of all tiles that a block lies in. Of rows with an odd number of them, the last go in twos."""
     k0, k1, k2, k3, low, high = p[KEY], p[KEY + 1], p[KEY + 2], p[KEY + 3], p[COUNTER + 1], p[COUNTER + 2]
     waiting, number = i64(0), i64(0)
     for r in range(rows):
@@ -352,7 +364,7 @@ def _forward(p: Any) -> None:
                             masked = scratch + _BLOCK + k * _APART + 4 * (c // in_word)
                             if in_word == 2:
                                 _reduced_by_rows(length // REGISTER, rows, masked, 1, _PITCH, 0, x, length, 0, y,
-                                                 length, deep, 1, i64(left + c == 0), ahead)
+                                                 length, deep, 1, i64(left + c == 0), ahead)  # fmt: skip
                             else:
                                 _by_rows(length // REGISTER, rows, masked, 1, _PITCH, 0, x, length, 0, y, length, deep,
                                          1, i64(left + c == 0), ahead)  # fmt: skip

@@ -23,7 +23,7 @@ from sublens.kernels.gate_vectors import (
     times_of,
 )
 from sublens.kernels.reference import LOG2_E, LOGIT_BOUND, POLYNOMIAL, ROUNDER
-from sublens.kernels.vector import GROUP, REGISTER, as_float, as_word, pointer, take, written
+from sublens.kernels.vector import REGISTER, as_float, as_word, pointer, take, written
 from sublens.noise import LEVELS, PATTERNS, TILE
 
 f32, i32, u16, i64 = np.float32, np.int32, np.uint16, np.int64
@@ -76,7 +76,7 @@ def held(x: Any) -> Any:
 @loop(*[INT] * 4)
 def gates(limits: Any, odds: Any, logits: Any, count: Any) -> None:
     """Thresholds of the gates and, unless its address is 0, their odds."""
-    whole = count - count % GROUP
+    whole = count - count % REGISTER
     if odds == 0:
         limits_of(limits, 0, logits, whole)
     else:
@@ -93,7 +93,7 @@ def gates(limits: Any, odds: Any, logits: Any, count: Any) -> None:
 @loop(*[INT] * 6)
 def mask(out: Any, weight: Any, drawn: Any, limits: Any, pattern: Any, count: Any) -> None:
     """Masked weights of one sample."""
-    whole = count - count % GROUP
+    whole = count - count % REGISTER
     masked_of(out, weight, drawn, limits, pattern, whole)
     m, w = carray(pointer(out), (count,), f32), carray(pointer(weight), (count,), f32)
     k, t = carray(pointer(drawn), (count,), u16), carray(pointer(limits), (count,), u16)
@@ -106,7 +106,7 @@ def mask(out: Any, weight: Any, drawn: Any, limits: Any, pattern: Any, count: An
 @loop(*[INT] * 6)
 def mask_pair(out: Any, other: Any, weight: Any, drawn: Any, limits: Any, count: Any) -> None:
     """Masked weights of the two samples of a pair."""
-    whole = count - count % GROUP
+    whole = count - count % REGISTER
     masked_pair_of(out, other, weight, drawn, limits, PATTERNS[0], PATTERNS[1], whole)
     wide, narrow = 4 * whole, 2 * whole
     mask(out + wide, weight + wide, drawn + narrow, limits + narrow, PATTERNS[0], count - whole)
@@ -116,7 +116,7 @@ def mask_pair(out: Any, other: Any, weight: Any, drawn: Any, limits: Any, count:
 @loop(*[INT] * 6)
 def fold(total: Any, gradient: Any, drawn: Any, odds: Any, pattern: Any, count: Any) -> None:
     """Add one sample's gradient of the masked weight times ds/dlogit."""
-    whole = count - count % GROUP
+    whole = count - count % REGISTER
     fold_of(total, gradient, drawn, odds, pattern, whole)
     s, g = carray(pointer(total), (count,), f32), carray(pointer(gradient), (count,), f32)
     k, o = carray(pointer(drawn), (count,), u16), carray(pointer(odds), (count,), f32)
@@ -135,7 +135,7 @@ def times(out: Any, total: Any, weight: Any, count: Any) -> None:
     r, s = carray(pointer(out), (count,), f32), carray(pointer(total), (count,), f32)
     w = carray(pointer(weight), (count,), f32)
     begin = min(-(out // 4) % REGISTER, count)
-    end = count - (count - begin) % GROUP
+    end = count - (count - begin) % REGISTER
     for j in range(begin):
         r[j] = s[j] * w[j]
     times_of(out + 4 * begin, total + 4 * begin, weight + 4 * begin, end - begin)

@@ -12,7 +12,20 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from sublens.kernels.halves import summed
-from sublens.kernels.vector import CPU, F32, FUSE, I64, LINE, LONG_FLOATS, REGISTER, integer, load, prefetch, spread, store
+from sublens.kernels.vector import (
+    CPU,
+    F32,
+    FUSE,
+    I64,
+    LINE,
+    LONG_FLOATS,
+    REGISTER,
+    integer,
+    load,
+    prefetch,
+    spread,
+    store,
+)
 
 OUTRUNS = CPU == "znver5" and REGISTER == 16
 """Whether this product does twice the library's work in the same time here. AMD's processors since Zen 5 have full

@@ -128,17 +128,17 @@ GROUP = 32
 two chains of such length, so that one after the other they would wait for each other's last steps."""
 
 
-def in_steps(b: Any, step: int, count: Any, work: Callable[[Any], None]) -> None:
-    """Do some work for every ``step`` of ``count`` numbers, a multiple of it: it is given the first one's place."""
+def in_steps(b: Any, step: int, begin: Any, end: Any, work: Callable[[Any], None]) -> None:
+    """Do some work for every ``step`` numbers from ``begin`` to ``end``, a multiple: it is given the first's place."""
     before, loop, after = b.block, b.append_basic_block("steps"), b.append_basic_block("stepped")
-    b.cbranch(b.icmp_signed(">", count, integer(0)), loop, after)
+    b.cbranch(b.icmp_signed("<", begin, end), loop, after)
     b.position_at_end(loop)
     j = b.phi(I64)
-    j.add_incoming(integer(0), before)
+    j.add_incoming(begin, before)
     work(j)
     following = b.add(j, integer(step))
     j.add_incoming(following, loop)
-    b.cbranch(b.icmp_signed("<", following, count), loop, after)
+    b.cbranch(b.icmp_signed("<", following, end), loop, after)
     b.position_at_end(after)
 
 
