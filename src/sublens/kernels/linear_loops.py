@@ -68,6 +68,7 @@ _PITCH = COLUMNS + 16  # of a block's rows: not a power of two, or the rows woul
 _DRAWN = COLUMNS + 2 * TILE  # draws of a row: whole tiles, so more than the row at both ends
 _SLICE, _STRIP = 96, 24  # columns whose masked weights stay in the first-level cache, forward and backward
 PANEL = GROUP  # columns of the inputs' layout for the weight gradient
+_PACKED = 4 * PANEL  # columns that are packed at a time: rows so long that the processor sees what comes next
 LONGEST = 4 * REGISTER  # rows of a piece at most
 
 # By what the rows of the first operand are apart: a masked block's rows, its columns, and rows of packed gradients.
@@ -113,16 +114,17 @@ def _pack(source: Any, width: Any, room: Any, p: Any) -> None:
     threads share the work, and each comes back when all of it is done.
     """
     chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
-    columns = (width + PANEL - 1) // PANEL
+    most = PANEL if p[IN_WORD] == 2 else _PACKED  # at a time
+    columns = (width + most - 1) // most
     units = p[SAMPLES] * pieces * columns
     while True:
         unit = take(p.ctypes.data + 8 * PACKING, 1)
         if unit >= units:
             break
-        piece, c = unit // columns, unit % columns * PANEL
+        piece, c = unit // columns, unit % columns * most
         first = piece % pieces * length
         rows = max(0, min(length, chunk - first))
-        size = min(PANEL, width - c)
+        size = min(most, width - c)
         target = room if p[IN_WORD] == 2 else p[PACKED] + 4 * (piece * width + c) * length
         if rows < length:
             fill(target, size * length, f32(0.0))
