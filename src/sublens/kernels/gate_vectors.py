@@ -214,7 +214,7 @@ limits_of, limits_and_odds_of = _gates(False), _gates(True)
 
 @intrinsic
 def masked_of(typingctx: Any, out: Any, weight: Any, drawn: Any, limits: Any, pattern: Any, count: Any) -> Any:
-    """Write ``count`` masked weights, a multiple of REGISTER: a weight where its draw is not below its threshold, or 0."""
+    """Write ``count`` masked weights, a multiple of REGISTER: 0 where a draw is below its threshold."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         out, weight, drawn, limits, pattern, count = args
