@@ -229,6 +229,39 @@ def test_what_is_not_a_number_in_one_place_stays_there() -> None:
     assert bool(blocked.forward(x, weight, logits, DRAW, rounded=True)[:, :, 3].isnan().all())
 
 
+def packed(x: Tensor, filler: float) -> blocked.Packed:
+    """Rows in the order of the loops; what fills a piece up must never be seen."""
+    samples, rows, columns = x.shape
+    count, length = blocked.pieces(rows)
+    whole = torch.full((samples, count * length, columns), filler)
+    whole[:, :rows] = x
+    return blocked.Packed(whole.view(samples, count, length, columns).transpose(2, 3).contiguous(), rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=st.integers(1, 5), m=st.integers(1, 140), width=st.integers(1, 300), height=st.integers(1, 110),
+    comes=st.booleans(), goes=st.booleans(), rectified=st.booleans(), rounded=st.booleans(),
+)  # fmt: skip
+@example(samples=1, m=128, width=300, height=97, comes=True, goes=True, rectified=True, rounded=False)
+def test_packed_rows_give_the_bits_of_plain_ones(
+    samples: int, m: int, width: int, height: int, comes: bool, goes: bool, rectified: bool, rounded: bool
+) -> None:
+    x, weight, logits, gradient = problem(samples, m, width, height)
+    x, bias = x.relu(), normal(height, seed=4)
+    options = {"rectified": rectified, "rounded": rounded}
+    expected = blocked.forward(x, weight, logits, DRAW, bias=bias, **options)  # type: ignore[arg-type]
+    came = packed(x, 7.0) if comes else x
+    out = packed(torch.empty_like(gradient), 0.0) if goes else None
+    y = blocked.forward(came, weight, logits, DRAW, bias=bias, out=out, **options)  # type: ignore[arg-type]
+    assert torch.equal(y.plain() if goes else y, expected)
+    of_x, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True, **options)  # type: ignore[arg-type]
+    arrives = packed(gradient, 0.0) if goes else gradient
+    found = blocked.backward(arrives, came, weight, logits, DRAW, wants_x=True, **options)  # type: ignore[arg-type]
+    assert torch.equal(found[0].plain() if comes else found[0], of_x)
+    assert torch.equal(found[1], of_logits)
+
+
 @pytest.mark.parametrize("rows", [*range(1, 70), 128, 1000])
 def test_pieces_hold_all_rows_and_waste_few(rows: int) -> None:
     count, length = blocked.pieces(rows)

@@ -9,6 +9,8 @@ a chunk has so many rows that this no longer matters, the library's product mult
 Shapes: K samples, m rows in each sample's chunk, the weight is (out, in).
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import math
@@ -16,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +35,44 @@ def pieces(rows: int) -> tuple[int, int]:
     loops = cpu.compiled("linear_loops")
     count = math.ceil(rows / loops.LONGEST)
     return count, loops.REGISTER * math.ceil(rows / count / loops.REGISTER)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of K chunks in the order in which the loops multiply them, of short chunks in float32.
+
+    Between two layers nobody else reads them, and what one layer's loops sum is what the next one's need.
+
+    Attributes:
+        values: (K, pieces of a chunk, columns, rows of a piece). Rows that fill a piece up hold anything.
+        rows: of a chunk.
+    """
+
+    values: Tensor
+    rows: int
+
+    def plain(self) -> Tensor:
+        """(K, rows, columns)."""
+        samples, _, columns, _ = self.values.shape
+        return self.values.transpose(2, 3).reshape(samples, -1, columns)[:, : self.rows].contiguous()
+
+
+def room_between(x: Tensor | Packed, height: int, reduced: bool) -> Tensor | Packed:
+    """Memory for what a layer of that many outputs gives to a next one: packed, if both can be in the loops."""
+    samples, rows, _ = _shape(x)
+    count, length = pieces(rows)
+    like = x.values if isinstance(x, Packed) else x
+    if reduced or rows >= _long(samples, reduced) or count * length > 2 * rows:
+        return like.new_empty(samples, rows, height)
+    return Packed(like.new_empty(samples, count, height, length), rows)
+
+
+def _shape(x: Tensor | Packed) -> tuple[int, int, int]:
+    """K, rows of a chunk, columns."""
+    if isinstance(x, Packed):
+        return x.values.shape[0], x.rows, x.values.shape[2]
+    samples, rows, columns = x.shape
+    return samples, rows, columns
 
 
 @functools.cache
@@ -56,54 +97,60 @@ def multiplies_bfloat16() -> bool:
 
 @threads.untraced
 def forward(
-    x: Tensor,
+    x: Tensor | Packed,
     weight: Tensor,
     logits: Tensor,
     draw: Draw,
     first: int = 0,
     bias: Tensor | None = None,
-    out: Tensor | None = None,
+    out: Tensor | Packed | None = None,
     reduced: bool = False,
     rectified: bool = False,
     rounded: bool = False,
-) -> Tensor:
+) -> Any:
     """Each sample's inputs times its masked weight, transposed, plus the bias.
 
     Args:
-        x: (K, m, in) float32, chunk k in row k; contiguous.
+        x: (K, m, in) float32, chunk k in row k; contiguous, or packed.
         weight: (out, in) float32, contiguous.
         logits: as ``weight``.
         draw: names sample 0 of K.
         first: row of the parameter that is the first of ``weight``, if that is not the whole parameter.
         bias: (out) float32, contiguous.
-        out: (K, m, out) float32, contiguous: memory for the result, if there is some.
+        out: (K, m, out) float32, contiguous: memory for the result, if there is some; or packed, of the same pieces.
         reduced: round what is multiplied to bfloat16. Sums stay float32; those of long chunks are rounded at the end,
-            as PyTorch's own products in bfloat16 are.
+            as PyTorch's own products in bfloat16 are. Then nothing is packed.
         rectified: replace what is below 0 by 0, as a ReLU after the layer does.
         rounded: round the result to numbers that bfloat16 has.
 
     Returns:
-        (K, m, out) float32.
+        (K, m, out) float32, or ``out``.
     """
-    samples, m, width = x.shape
+    samples, m, width = _shape(x)
     height = weight.shape[0]
-    y = x.new_empty(samples, m, height) if out is None else out
+    if out is None:
+        out = weight.new_empty(samples, m, height)
     if m >= _long(samples, reduced):
-        _forward_long(y, x, weight, logits, draw, first, reduced)
-        y = y if bias is None else y.add_(bias)
-        y = y.relu_() if rectified else y
-        return y.copy_(y.bfloat16()) if rounded else y
+        assert isinstance(x, Tensor)
+        assert isinstance(out, Tensor)
+        _forward_long(out, x, weight, logits, draw, first, reduced)
+        out = out if bias is None else out.add_(bias)
+        out = out.relu_() if rectified else out
+        return out.copy_(out.bfloat16()) if rounded else out
     loops = cpu.compiled("linear_loops")
-    fields = {loops.GRADIENT: y.data_ptr(), loops.BIAS: 0 if bias is None else bias.data_ptr()}
-    plan = _plan(samples, m, height, width, False, loops.COLUMNS, reduced, rectified, rounded, torch.get_num_threads())
-    _run(plan, fields, x, weight, logits, draw, first)
-    return y
+    fields = {loops.GRADIENT: _address(out), loops.BIAS: 0 if bias is None else bias.data_ptr()}
+    packed = isinstance(x, Packed), isinstance(out, Packed)
+    plan = _plan(
+        samples, m, height, width, False, loops.COLUMNS, reduced, rectified, rounded, *packed, torch.get_num_threads()
+    )
+    _run(plan, fields, x, x, weight, logits, draw, first)
+    return out
 
 
 @threads.untraced
 def backward(
-    gradient: Tensor,
-    x: Tensor,
+    gradient: Tensor | Packed,
+    x: Tensor | Packed,
     weight: Tensor,
     logits: Tensor,
     draw: Draw,
@@ -114,11 +161,11 @@ def backward(
     rectified: bool = False,
     rounded: bool = False,
     of_weight: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Any, Tensor]:
     """Gradients of :func:`forward`, for the same draw.
 
     Args:
-        gradient: (K, m, out) float32, contiguous; of what the layer gives before a ReLU that follows it.
+        gradient: (K, m, out) float32, contiguous, or packed; of what the layer gives before a ReLU that follows it.
         x: as in the forward pass.
         weight: likewise.
         logits: likewise. Memory of its gradient is used again when that one is no longer in use.
@@ -132,10 +179,12 @@ def backward(
             the sum of the masked weights' gradients where these are open.
 
     Returns:
-        Gradient of ``x`` ((K, m, in), or ``None``) and of the logits ((out, in)).
+        Gradient of ``x`` ((K, m, in), packed if ``x`` is, or ``None``) and of the logits ((out, in)).
     """
-    samples, m, width = x.shape
+    samples, m, width = _shape(x)
     if m >= _long(samples, reduced):
+        assert isinstance(x, Tensor)
+        assert isinstance(gradient, Tensor)
         of_x, of_logits = _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced, of_weight)
         if of_x is not None and rectified:
             of_x.masked_fill_(x <= 0, 0)
@@ -144,18 +193,25 @@ def backward(
         return of_x, of_logits
     loops = cpu.compiled("linear_loops")
     of_logits = _for_gradient(logits)
-    of_x = torch.empty_like(x) if wants_x else None
+    of_inputs: Tensor | Packed | None = None
+    if wants_x:
+        of_inputs = Packed(torch.empty_like(x.values), m) if isinstance(x, Packed) else torch.empty_like(x)
     count = torch.get_num_threads()
     wide = _wide(samples, m, width, count)
     fields = {
-        loops.GRADIENT: gradient.data_ptr(),
+        loops.GRADIENT: _address(gradient),
         loops.RESULT: of_logits.data_ptr(),
-        loops.OF_INPUTS: 0 if of_x is None else of_x.data_ptr(),
+        loops.OF_INPUTS: 0 if of_inputs is None else _address(of_inputs),
         loops.OF_WEIGHT: 0 if of_weight is None else of_weight.data_ptr(),
     }
-    plan = _plan(samples, m, weight.shape[0], width, True, wide, reduced, rectified, rounded, count)
-    _run(plan, fields, x, weight, logits, draw, first)
-    return of_x, of_logits
+    packed = isinstance(gradient, Packed), isinstance(x, Packed)
+    plan = _plan(samples, m, weight.shape[0], width, True, wide, reduced, rectified, rounded, *packed, count)
+    _run(plan, fields, gradient, x, weight, logits, draw, first)
+    return of_inputs, of_logits
+
+
+def _address(x: Tensor | Packed) -> int:
+    return (x.values if isinstance(x, Packed) else x).data_ptr()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -316,7 +372,7 @@ class _Plan:
 @functools.lru_cache(maxsize=1024)
 def _plan(
     samples: int, m: int, height: int, across: int, backward: bool, wide: int, reduced: bool, rectified: bool,
-    rounded: bool, count: int,
+    rounded: bool, comes_packed: bool, stays_packed: bool, count: int,
 ) -> _Plan:  # fmt: skip
     """A plan for ``count`` threads that take ``wide`` columns at a time."""
     loops = cpu.compiled("linear_loops")
@@ -330,9 +386,10 @@ def _plan(
     p[loops.HEIGHT], p[loops.ACROSS], p[loops.SAMPLES], p[loops.CHUNK_ROWS] = height, across, samples, m
     p[loops.PIECES], p[loops.LENGTH], p[loops.SHARE], p[loops.IN_WORD] = pieces_of, length, share, in_word
     p[loops.WIDE], p[loops.RECTIFIED], p[loops.ROUNDED] = wide, int(rectified), int(rounded)
+    p[loops.COMES_PACKED], p[loops.STAYS_PACKED] = int(comes_packed), int(stays_packed)
     return _Plan(
         fields=tuple(p),
-        room=rows * (packed + reduced),
+        room=0 if comes_packed else rows * (packed + reduced),
         backward=backward,
         turned=rows * math.ceil(packed / in_word) if reduced and backward else 0,
         scratch=share * (count if parallel else 1),
@@ -341,13 +398,15 @@ def _plan(
 
 
 def _run(
-    plan: _Plan, fields: dict[int, int], x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int
+    plan: _Plan, fields: dict[int, int], comes: Tensor | Packed, x: Tensor | Packed, weight: Tensor, logits: Tensor,
+    draw: Draw, first: int,
 ) -> None:  # fmt: skip
+    """Run a loop; ``comes`` is what it packs first, unless it is packed."""
     loops = cpu.compiled("linear_loops")
     loop = loops.backward if plan.backward else loops.forward
-    p, room = list(plan.fields), torch.empty(plan.room, dtype=x.dtype, device=x.device)
-    p[loops.WEIGHT], p[loops.LOGITS], p[loops.INPUTS] = weight.data_ptr(), logits.data_ptr(), x.data_ptr()
-    p[loops.FIRST], p[loops.PACKED] = first, room.data_ptr()
+    p, room = list(plan.fields), weight.new_empty(plan.room)
+    p[loops.WEIGHT], p[loops.LOGITS], p[loops.INPUTS] = weight.data_ptr(), logits.data_ptr(), _address(x)
+    p[loops.FIRST], p[loops.PACKED] = first, room.data_ptr() if plan.room else _address(comes)
     p[loops.TURNED] = p[loops.PACKED] + 4 * plan.turned if plan.backward else 0
     p[loops.SCRATCH] = _scratch.of(plan.scratch).data_ptr()
     cpu.name(p, draw)

@@ -78,8 +78,8 @@ _reduced_by_pieces = product_of(PANEL // REGISTER, reduced=True)
 
 INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
 HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
-TURNED, IN_WORD, RECTIFIED, ROUNDED, OF_WEIGHT = 29, 30, 31, 32, 33
-LINEAR_FIELDS = 34
+TURNED, IN_WORD, RECTIFIED, ROUNDED, OF_WEIGHT, COMES_PACKED, STAYS_PACKED = range(29, 36)
+LINEAR_FIELDS = 36
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
 OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
 number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
@@ -89,7 +89,9 @@ both begin at 0. IN_WORD is the number of neighbours, along what a product sums 
 is given: 1, or 2 where products are in bfloat16. TURNED is the address of the same rows as at PACKED in words of
 neighbours in a column (the same ones, if IN_WORD is 1), or 0. RECTIFIED is 1 where a ReLU follows the layer (forward)
 or comes before it (backward), else 0. ROUNDED is 1 where outputs (forward), or the gradient of the inputs (backward),
-are rounded to numbers that bfloat16 has, else 0. OF_WEIGHT is the address of the weight's gradient, or 0."""
+are rounded to numbers that bfloat16 has, else 0. OF_WEIGHT is the address of the weight's gradient, or 0. COMES_PACKED
+is 1 where what is put in another order first comes in that order, at PACKED, and STAYS_PACKED where outputs are written
+in it (forward), or INPUTS come and OF_INPUTS are written in it (backward); neither with words of two."""
 
 
 @loop(INT, INT, INT, INT, INT, INT)
@@ -194,6 +196,15 @@ def _panel(source: Any, source_r: Any, target: Any, chunk: Any, rows: Any, size:
     for r in range(rows):
         for j in range(PANEL):
             t[r * PANEL + j] = s[r * source_r + j] if r < chunk and j < size else f32(0.0)
+
+
+@loop(*[INT] * 5)
+def _panel_of_columns(columns: Any, length: Any, target: Any, rows: Any, size: Any) -> None:
+    """The same from a piece's columns: ``length`` rows, of which the first ``rows`` are a chunk's."""
+    if size < PANEL:
+        fill(target, length * PANEL, f32(0.0))
+    _turn(columns, length, target, PANEL, size, length)
+    fill(target + 4 * rows * PANEL, (length - rows) * PANEL, f32(0.0))
 
 
 @loop(*[INT] * 7)
@@ -324,6 +335,14 @@ def _mask_block(
             mask(out, weight, drawn, limits, PATTERNS[sample % PAIR], size)
 
 
+@njit(types.int64(INT, INT, INT, WORDS), error_model="numpy", cache=True, nogil=True)
+def _sums_of(room: Any, piece: Any, top: Any, p: Any) -> Any:
+    """Where a block's sums for a piece are: in the scratch, or where packed outputs stay."""
+    if p[STAYS_PACKED] == 1:
+        return p[GRADIENT] + 4 * (piece * p[HEIGHT] + top) * p[LENGTH]
+    return room + 4 * piece * ROWS * p[LENGTH]
+
+
 @loop(WORDS)
 def _forward(p: Any) -> None:
     height, across, samples, wide = p[HEIGHT], p[ACROSS], p[SAMPLES], p[WIDE]
@@ -331,7 +350,8 @@ def _forward(p: Any) -> None:
     words = (across + in_word - 1) // in_word
     scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
     sums, ahead = scratch + MORE, scratch + _AHEAD
-    _pack(p[INPUTS], across, scratch + _TOTAL, p)
+    if p[COMES_PACKED] == 0:
+        _pack(p[INPUTS], across, scratch + _TOTAL, p)
     while True:
         top = take(p.ctypes.data, 1) * ROWS
         if top >= height:
@@ -362,7 +382,7 @@ def _forward(p: Any) -> None:
                         for part in range(pieces):
                             piece = (i + k) * pieces + part
                             x = p[PACKED] + 4 * (piece * words + (left + c) // in_word) * length
-                            y = sums + 4 * piece * ROWS * length
+                            y = _sums_of(sums, piece, top, p)
                             masked = scratch + _BLOCK + k * _APART + 4 * (c // in_word)
                             if in_word == 2:
                                 _reduced_by_rows(length // REGISTER, rows, masked, 1, _PITCH, 0, x, length, 0, y,
@@ -375,14 +395,23 @@ def _forward(p: Any) -> None:
         for i in range(samples):
             for first in range(0, chunk, length):
                 y = p[GRADIENT] + 4 * ((i * chunk + first) * height + top)
-                columns = sums + 4 * (i * pieces + first // length) * ROWS * length
+                columns = _sums_of(sums, i * pieces + first // length, top, p)
                 if p[BIAS] != 0:
                     _add(columns, p[BIAS] + 4 * top, rows, length)
                 if p[RECTIFIED] == 1:
                     _rectify(columns, rows * length)
                 if p[ROUNDED] == 1:
                     _round(columns, rows * length)
-                _rows_of(columns, length, y, height, min(length, chunk - first), rows)
+                if p[STAYS_PACKED] == 0:
+                    _rows_of(columns, length, y, height, min(length, chunk - first), rows)
+
+
+@njit(types.int64(*[INT] * 4, WORDS), error_model="numpy", cache=True, nogil=True)
+def _of_columns(room: Any, piece: Any, left: Any, size: Any, p: Any) -> Any:
+    """Where the gradient of a piece's inputs is, of ``size`` columns from ``left`` on: likewise."""
+    if p[STAYS_PACKED] == 1:
+        return p[OF_INPUTS] + 4 * (piece * p[ACROSS] + left) * p[LENGTH]
+    return room + 4 * piece * size * p[LENGTH]
 
 
 @loop(WORDS)
@@ -395,7 +424,8 @@ def _backward(p: Any) -> None:
     of_inputs = inputs + 4 * samples * whole * wide
     odds, limits, total = scratch + _ODDS, scratch + _LIMITS, scratch + _TOTAL
     tiles, of_weight, ahead = scratch + _TILES, scratch + _OF_WEIGHT, scratch + _AHEAD
-    _pack(p[GRADIENT], height, total, p)
+    if p[COMES_PACKED] == 0:
+        _pack(p[GRADIENT], height, total, p)
     while True:
         left = take(p.ctypes.data, 1) * wide
         if left >= across:
@@ -408,8 +438,14 @@ def _backward(p: Any) -> None:
                 panel = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
                 if in_word == 2:
                     _paired_panel(x, across, panel, chunk, whole, min(PANEL, size - c), tiles)
-                else:
+                elif p[STAYS_PACKED] == 0:
                     _panel(x, across, panel, chunk, whole, min(PANEL, size - c))
+                else:
+                    for part in range(pieces):
+                        first = part * length
+                        x = p[INPUTS] + 4 * ((k * pieces + part) * across + left + c) * length
+                        room = panel + 4 * first * PANEL
+                        _panel_of_columns(x, length, room, min(length, chunk - first), min(PANEL, size - c))
         for top in range(0, height, ROWS):
             rows = min(ROWS, height - top)
             for r in range(rows):
@@ -463,7 +499,7 @@ def _backward(p: Any) -> None:
                             for part in range(pieces):
                                 piece = k * pieces + part
                                 g = p[PACKED] + 4 * (piece * words + top // in_word) * length
-                                x = of_inputs + 4 * (piece * size + c) * length
+                                x = _of_columns(of_inputs, piece, left, size, p) + 4 * c * length
                                 masked = scratch + _BLOCK + (k - i) * _APART + 4 * c
                                 strip, sums = min(_STRIP, size - c), (rows + in_word - 1) // in_word
                                 if in_word == 2:
@@ -483,9 +519,15 @@ def _backward(p: Any) -> None:
             for i in range(samples):
                 for first in range(0, chunk, length):
                     at, many = 4 * ((i * chunk + first) * across + left), min(length, chunk - first)
-                    columns = of_inputs + 4 * (i * pieces + first // length) * size * length
+                    piece = i * pieces + first // length
+                    columns = _of_columns(of_inputs, piece, left, size, p)
                     if p[ROUNDED] == 1:
                         _round(columns, size * length)
+                    if p[STAYS_PACKED] == 1:
+                        if p[RECTIFIED] == 1:
+                            x = p[INPUTS] + 4 * (piece * across + left) * length
+                            _stop(columns, x, 0, 1, size * length)
+                        continue
                     _rows_of(columns, length, p[OF_INPUTS] + at, across, many, size)
                     if p[RECTIFIED] == 1:
                         _stop(p[OF_INPUTS] + at, p[INPUTS] + at, across, many, size)

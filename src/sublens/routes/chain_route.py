@@ -140,16 +140,20 @@ class _Chain(torch.autograd.Function):
     ) -> Tensor:
         reduced = rounded and blocked.multiplies_bfloat16()
         rows = x.shape[0]
-        inputs = [x.contiguous().view(chunks, rows // chunks, -1)]
+        y = x.new_empty(rows, chain[-1].weight.shape[0])
+        inputs: list[Tensor | blocked.Packed] = [x.contiguous().view(chunks, rows // chunks, -1)]
         for layer, scores, draw in zip(chain, logits, draws, strict=True):
-            y = x.new_empty(rows, layer.weight.shape[0])
-            out = y.view(chunks, rows // chunks, -1)
+            if layer is chain[-1]:
+                out: Tensor | blocked.Packed = y.view(chunks, rows // chunks, -1)
+            else:
+                out = blocked.room_between(inputs[-1], layer.weight.shape[0], reduced)
             blocked.forward(
                 inputs[-1], layer.weight, scores, draw, bias=layer.bias, out=out, reduced=reduced,
                 rectified=layer.rectified, rounded=rounded,
             )  # fmt: skip
             inputs.append(out)
-        ctx.save_for_backward(*inputs[:-1], *logits, *(layer.weight for layer in chain))
+        came = [each.values if isinstance(each, blocked.Packed) else each for each in inputs[:-1]]
+        ctx.save_for_backward(*came, *logits, *(layer.weight for layer in chain))
         ctx.chain, ctx.draws, ctx.rounded, ctx.reduced = chain, draws, rounded, reduced  # type: ignore[attr-defined]
         return y
 
@@ -157,13 +161,16 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         chain, saved, count = ctx.chain, ctx.saved_tensors, len(ctx.chain)
         of_logits: list[Tensor | None] = [None] * count
-        of_x: Tensor | None = gradient.resolve_neg().contiguous().view(*saved[0].shape[:2], -1)
+        samples, rows, _ = saved[0].shape
+        of_x: Any = gradient.resolve_neg().contiguous().view(samples, rows, -1)
         for i in reversed(range(count)):
             assert of_x is not None
             wants, inner = i > 0 or ctx.needs_input_grad[0], i > 0
             x, scores, weight, draw = saved[i], saved[count + i], saved[2 * count + i].detach(), ctx.draws[i]
             rectified, rounded = inner and chain[i - 1].rectified, inner and ctx.rounded
+            x = x if x.dim() == 3 else blocked.Packed(x, rows)
             if wants and torch.is_grad_enabled():  # a graph of the gradient is asked for
+                x = x.plain() if isinstance(x, blocked.Packed) else x
                 of_x, of_logits[i] = products.gradients(of_x, x, weight, scores, draw, reduced=ctx.reduced)
                 of_x = of_x.bfloat16().float() if rounded else of_x
                 of_x = of_x * (x > 0) if rectified else of_x
