@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from sublens.answers import Answer, Bars, Histogram, Spread
-from sublens.errors import FileError, MismatchError, NonFiniteError, SettingError, StudyError
+from sublens.errors import BatchError, FileError, MismatchError, NonFiniteError, SettingError, StudyError
 from sublens.inspection import default_folder, inspect, inspecting, judging
 from sublens.inspection import network as network_module
 from sublens.mask import Mask
@@ -238,7 +238,7 @@ def test_stability_varies_one_seed_at_a_time(tmp_path: Path) -> None:
         questions={"luck": stability_of("low", masks=3)},
     )
     answer = Answer.from_json(run(tmp_path / "run", study)["answers"]["luck"])
-    seeds = [seed for step, seed in drawn if step == 0]
+    _, *seeds = [seed for step, seed in drawn if step == 0]  # the first is tried before anything is trained
     assert len(seeds) == 2 + 4  # the mask, its repeat, and twice two for the question
     assert seeds[0] == seeds[2] == seeds[3]  # other noise: the mask's own batches
     assert len({seeds[0], seeds[1], seeds[4], seeds[5]}) == 4
@@ -289,7 +289,7 @@ def test_layers_of_the_control_are_in_place_while_the_others_are_trained(tmp_pat
     run(tmp_path / "run", study)
     control = Mask.load(tmp_path / "run" / "masks" / "both.safetensors")["3.weight"]
     assert 0 < control.float().mean() < 1
-    of_control, of_task = seen[0], seen[-1]
+    of_control, of_task = seen[2], seen[-1]  # both losses are tried before anything is trained
     assert of_control[0] == {"0.weight", "3.weight"}
     assert of_task[0] == {"0.weight"}
     assert torch.equal(of_task[1], torch.where(control, of_control[1], 0.0))
@@ -373,6 +373,12 @@ def test_a_metric_that_is_no_share_is_refused_before_anything_is_trained(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_smaller_than_the_samples_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(BatchError, match=r"batch of \d+ cannot be split for 4000 samples"):
+        run(tmp_path / "run", make_study(network_steps=1, mask_steps=1), samples=4000)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_the_network_has_not_learned_is_told_before_its_masks_are_trained(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -395,6 +401,9 @@ def test_nothing_global_is_changed(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+TRIED = 3  # each task's loss, before anything is trained
+
+
 @pytest.mark.parametrize("stop", [5, 33, STEPS + 59, 4 * STEPS + 30])
 def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(finished: Path, tmp_path: Path, stop: int) -> None:
     calls = 0
@@ -402,7 +411,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(finished: Path, tmp_pa
     def at_batch() -> None:
         nonlocal calls
         calls += 1
-        if calls == stop:
+        if calls == TRIED + stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -410,7 +419,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(finished: Path, tmp_pa
     assert not (tmp_path / "run" / "result.json").exists()
     run(tmp_path / "run", make_study(at_batch), resume=True)
     assert contents(tmp_path / "run") == contents(finished)
-    assert calls == 5 * STEPS + 1  # Ctrl-C leaves a checkpoint of the very step
+    assert calls == TRIED + 5 * STEPS + 1  # Ctrl-C leaves a checkpoint of the very step
 
 
 KILLED = """

@@ -19,17 +19,17 @@ import sublens
 from sublens.analysis import accuracies, interrogate, measuring, overlap
 from sublens.analysis.verdict import ABLE
 from sublens.answers import Answer, percent
-from sublens.errors import SelectionError, SettingError, StudyError, SublensError
+from sublens.errors import SettingError, StudyError
 from sublens.fit import fit
 from sublens.fit.batches import random_state_kept, seed_torch
 from sublens.fit.settings import Record
 from sublens.groups import check_groups, group
+from sublens.inspection.checking import check_study
 from sublens.inspection.folder import Folder, default_folder, hash_of, is_used
 from sublens.inspection.judging import excluded_by, verdict_on
-from sublens.inspection.network import build_network, load_network, prepared, save_network, train_network
+from sublens.inspection.network import load_network, prepared, save_network, train_network
 from sublens.inspection.together import train_together
 from sublens.mask import Mask
-from sublens.masked_network import MaskedNetwork
 from sublens.questions import Found, ask, keep_histogram, unsure_share
 from sublens.selection import Where, match_names
 from sublens.study import Asked, Study, Task, repeat_of, seed_from
@@ -86,7 +86,7 @@ def inspect(
     study, config = _asked(study, seed, steps, samples, alpha, groups, weights)
     path = default_folder(study, seed) if out is None else Path(out)
     if not is_used(path):
-        _check(study, seed, weights)  # before there is a folder that only this very run could go on in
+        check_study(study, seed, weights)  # before there is a folder that only this very run could go on in
     folder = Folder(path, config, resume=resume)
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
     if result is None:
@@ -162,45 +162,6 @@ def _asked(
         )
     check_groups(study.groups)
     return study, config_of(study, seed, None if weights is None else hash_of(weights))
-
-
-def _check(study: Study, seed: int, weights: Path | None) -> None:
-    """Refuse what an untrained network shows to be impossible already.
-
-    Raises:
-        StudyError: the study names layers that are not masked, or a metric returns no number in 0..1.
-        SelectionError: ``where`` matches nothing that can be masked.
-        SettingError: ``groups`` does not fit the network.
-        MismatchError: the weights do not.
-        FileError: they cannot be read.
-    """
-    net = build_network(study, seed) if weights is None else load_network(study, seed, weights)
-    settings = study.fit_settings()
-    taken = ("keep", "samples", "where", "biases", "groups", "batch_dim")
-    names = list(MaskedNetwork(net, **{name: settings[name] for name in taken}).groupings)
-    fresh = () if study.together is None else study.together.fresh
-    for what, patterns in (("compared", study.compared), ("from_control", study.from_control), ("fresh", fresh)):
-        try:
-            match_names(patterns or (), names)
-        except SelectionError as error:
-            raise StudyError(f"Study {study.name!r}: {what} must name masked layers: {error}") from None
-    unknown = [name for name in study.first_half or () if name not in names]
-    if unknown:
-        raise StudyError(
-            f"Study {study.name!r}: first_half names {', '.join(unknown)}; the masked layers are {', '.join(names)}."
-        )
-    # Of an untrained network, but a number must come out. What fails there may not fail later, and is seen if it does.
-    with random_state_kept(), measuring(net):
-        for task in (study.control, *study.tasks):
-            for what in ("metric", "held_back", "left_out"):
-                if getattr(task, what) is not None:
-                    seed_torch("evaluate", seed, 0)
-                    try:
-                        task.measure(net, what)
-                    except SublensError:
-                        raise
-                    except Exception:
-                        log.debug("%s of %s failed on the untrained network.", what, task.name, exc_info=True)
 
 
 def _parts(study: Study) -> dict[str, Task]:
