@@ -260,6 +260,12 @@ def test_packed_rows_give_the_bits_of_plain_ones(
     found = blocked.backward(arrives, came, weight, logits, DRAW, wants_x=True, **options)  # type: ignore[arg-type]
     assert torch.equal(found[0].plain() if comes else found[0], of_x)
     assert torch.equal(found[1], of_logits)
+    of_weight = torch.empty(2, height, width)
+    blocked.backward(gradient, x, weight, logits, DRAW, wants_x=False, of_weight=of_weight[0])
+    nothing, alone = blocked.backward(arrives, came, weight, logits, DRAW, wants_x=False, of_weight=of_weight[1])
+    assert nothing is None
+    assert torch.equal(alone, of_logits)
+    assert torch.equal(of_weight[0], of_weight[1])
 
 
 @pytest.mark.parametrize("rows", [*range(1, 70), 128, 1000])
@@ -311,6 +317,12 @@ for samples, m, width, height in ((1, 128, 70, 53), (4, 32, 300, 77), (8, 16, 33
     y = blocked.forward(x, weight, logits, draw)
     for result in (y, *blocked.backward(gradient, x, weight, logits, draw, wants_x=True)):
         found.update(result.numpy().tobytes())
+for count in range(1, 70):
+    weight, logits = torch.randn(2, count, generator=generator)
+    of_masked, masked, result = torch.randn(2, count, generator=generator), torch.empty(2, count), torch.empty(count)
+    cpu.walk(weight, logits, draw, masked=masked, gradient=of_masked, result=result, samples=2)
+    for each in (masked, result):
+        found.update(each.numpy().tobytes())
 print(cpu.compiled("linear_loops").REGISTER, found.hexdigest())
 """
 

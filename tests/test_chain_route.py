@@ -72,7 +72,7 @@ def run(masked: sl.MaskedNetwork, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16, products too"])
-@pytest.mark.parametrize("rows", [8, 1040])  # of the second, 260 to a sample: a long chunk
+@pytest.mark.parametrize("rows", [8, 300, 1040])  # of the last, 260 to a sample: a long chunk
 @pytest.mark.parametrize("samples", [1, 2, 4])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gives_the_bits_of_the_route_layer_by_layer(

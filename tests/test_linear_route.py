@@ -997,7 +997,7 @@ def test_a_gradient_may_be_penalised(
 ) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 12), activation(), nn.Linear(12, 9), activation(), nn.Linear(9, 3))
-    x = torch.randn(8, 6)
+    x = torch.randn(48, 6)
 
     def gradients() -> list[Tensor | None]:
         network.zero_grad()

@@ -78,6 +78,8 @@ def inspect(
     Raises:
         SettingError: an argument is impossible, or the folder is in use.
         StudyError: the study does not fit its network, or a function of it does not return what it must.
+        BatchError: a batch cannot be split for the samples.
+        CutGraphError: a loss does not reach the gates.
         SelectionError: its ``where`` matches nothing that can be masked.
         MismatchError: the folder holds another run, or the weights do not fit the network.
         FileError: a file cannot be read or written.

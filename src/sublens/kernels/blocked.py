@@ -44,7 +44,8 @@ class Packed:
     Between two layers nobody else reads them, and what one layer's loops sum is what the next one's need.
 
     Attributes:
-        values: (K, pieces of a chunk, columns, rows of a piece). Rows that fill a piece up hold anything.
+        values: (K, pieces of a chunk, columns, rows of a piece). Rows that fill a piece up may hold
+            any finite numbers, and of a gradient zeros.
         rows: of a chunk.
     """
 
@@ -375,6 +376,7 @@ def _plan(
     rounded: bool, comes_packed: bool, stays_packed: bool, count: int,
 ) -> _Plan:  # fmt: skip
     """A plan for ``count`` threads that take ``wide`` columns at a time."""
+    assert not (reduced and (comes_packed or stays_packed))
     loops = cpu.compiled("linear_loops")
     pieces_of, length = pieces(m)
     rows, in_word = samples * pieces_of * length, 2 if reduced else 1

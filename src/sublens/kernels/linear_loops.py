@@ -536,7 +536,9 @@ def _backward(p: Any) -> None:
 
 @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
 def forward(address: Any) -> None:
-    """Each sample's INPUTS times its masked weight, transposed, and BIAS, to GRADIENT: both (chunk, row, column).
+    """Each sample's INPUTS times its masked weight, transposed, and BIAS, to GRADIENT.
+
+    Both are (chunk, row, column), unless they come or stay packed: (chunk, piece, column, row of the piece).
 
     On many threads at once. A thread takes blocks of ROWS rows, so every output is summed by one thread, in one order.
     """
@@ -547,9 +549,9 @@ def forward(address: Any) -> None:
 def backward(address: Any) -> None:
     """Gradients of :func:`forward`, on many threads at once.
 
-    GRADIENT is that of the outputs, it and INPUTS (chunk, row, column). Written are RESULT, the gradient of the
-    logits, and, unless they are 0, OF_WEIGHT, that of the weight, and OF_INPUTS, that of the inputs, or of what these
-    were before they were rectified. A thread takes blocks of WIDE columns and all their rows, so every number is summed
-    by one thread, in one order.
+    GRADIENT is that of the outputs, it and INPUTS (chunk, row, column) or packed. Written are RESULT, the gradient of
+    the logits, and, unless they are 0, OF_WEIGHT, that of the weight, and OF_INPUTS, that of the inputs, or of what
+    these were before they were rectified. A thread takes blocks of WIDE columns and all their rows, so every number is
+    summed by one thread, in one order.
     """
     _backward(carray(address, (LINEAR_FIELDS,), i64))

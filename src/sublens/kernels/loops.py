@@ -23,7 +23,7 @@ from sublens.kernels.gate_vectors import (
     times_of,
 )
 from sublens.kernels.reference import LOG2_E, LOGIT_BOUND, POLYNOMIAL, ROUNDER
-from sublens.kernels.vector import REGISTER, as_float, as_word, pointer, take, written
+from sublens.kernels.vector import GROUP, REGISTER, as_float, as_word, pointer, take, written
 from sublens.noise import LEVELS, PATTERNS, TILE
 
 f32, i32, u16, i64 = np.float32, np.int32, np.uint16, np.int64
@@ -116,7 +116,8 @@ def mask_pair(out: Any, other: Any, weight: Any, drawn: Any, limits: Any, count:
 @loop(*[INT] * 6)
 def fold(total: Any, gradient: Any, drawn: Any, odds: Any, pattern: Any, count: Any) -> None:
     """Add one sample's gradient of the masked weight times ds/dlogit."""
-    whole = count - count % REGISTER
+    # By GROUP, which is the same for any register: the vectors' last sum is fused, that of the loop below is not.
+    whole = count - count % GROUP
     fold_of(total, gradient, drawn, odds, pattern, whole)
     s, g = carray(pointer(total), (count,), f32), carray(pointer(gradient), (count,), f32)
     k, o = carray(pointer(drawn), (count,), u16), carray(pointer(odds), (count,), f32)

@@ -70,7 +70,7 @@ def fetch_rest(typingctx: Any, state: Any) -> Any:
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         (state,) = args
-        left = b.inttoptr(state, I64.as_pointer())
+        left = b.inttoptr(b.add(state, integer(8 * LEFT)), I64.as_pointer())
         loop, body, after = (b.append_basic_block(name) for name in ("rest", "line", "rested"))
         b.branch(loop)
         b.position_at_end(loop)
