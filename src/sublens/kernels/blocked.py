@@ -242,7 +242,8 @@ def _long(samples: int, reduced: bool) -> int:
     product = cpu.compiled("product")
     if product.OUTRUNS:
         return max(256, (2048 if reduced else 8192) // samples)
-    return 512 if product.KEEPS_UP and not reduced else 256
+    keeps_up = product.KEEPS_UP or (product.KEEPS_UP_WITH_FEW and samples <= 2)
+    return 512 if keeps_up and not reduced else 256
 
 
 def _blocks(samples: int, weight: Tensor) -> Iterator[slice]:

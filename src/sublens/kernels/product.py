@@ -32,6 +32,8 @@ OUTRUNS = CPU == "znver5" and REGISTER == 16
 units for registers of sixteen numbers, which PyTorch's product in float32 leaves half empty (2.13, measured)."""
 KEEPS_UP = CPU == "znver4" and REGISTER == 16
 """Whether this product in float32, which copies no weight, is as fast as the library's below 512 rows (measured)."""
+KEEPS_UP_WITH_FEW = CPU in ("sapphirerapids", "emeraldrapids") and REGISTER == 16
+"""Whether it is so with one sample and with two: up to a third faster for large weights. With more, sizes decide."""
 
 
 LEFT, COLUMN, PER_ROW, JUMP, EVERY, ONE, OTHER = range(7)
