@@ -441,6 +441,9 @@ def test_a_damaged_history_is_a_file_error_that_names_the_line(run, line):
 def test_a_folder_without_a_result_is_a_file_error(tmp_path):
     with pytest.raises(FileError, match="not the folder of a finished run"):
         write_report(tmp_path)
+    (tmp_path / "study.py").write_text("")
+    with pytest.raises(FileError, match=r"study\.py is a file, not the folder of a finished run"):
+        read(tmp_path / "study.py")
 
 
 def test_long_histories_are_drawn_by_means(monkeypatch):

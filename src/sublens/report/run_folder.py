@@ -161,6 +161,8 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileError(f"{path} does not exist: {path.parent} is not the folder of a finished run.") from None
+    except NotADirectoryError:
+        raise FileError(f"{path.parent} is a file, not the folder of a finished run.") from None
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
