@@ -9,7 +9,7 @@ from typing import Any
 from numba import carray, cfunc, njit, types
 
 from sublens.kernels.gate_vectors import draw, draw_two, fold_of, fold_pair_of, masked_of
-from sublens.kernels.halves import masked_halves_of, masked_rows_of, paired_of, rounded_of
+from sublens.kernels.halves import masked_halves_of, masked_rows_of, rounded_of
 from sublens.kernels.loops import (
     COUNTER,
     GRADIENT,
@@ -25,12 +25,45 @@ from sublens.kernels.loops import (
     f32,
     fill,
     gates,
-    i32,
     i64,
     loop,
     mask,
     mask_pair,
     times,
+)
+from sublens.kernels.packing import (
+    ACROSS,
+    BIAS,
+    CHUNK_ROWS,
+    COMES_PACKED,
+    FIRST,
+    HEIGHT,
+    IN_WORD,
+    INPUTS,
+    LENGTH,
+    LINEAR_FIELDS,
+    OF_INPUTS,
+    OF_WEIGHT,
+    PACKED,
+    PANEL,
+    PIECES,
+    RECTIFIED,
+    ROUNDED,
+    SCRATCH,
+    SHARE,
+    STAYS_PACKED,
+    THREAD,
+    TURNED,
+    WIDE,
+    add_to_rows,
+    pack,
+    paired_panel,
+    panel_of_columns,
+    panel_of_rows,
+    rectify,
+    round_all,
+    rows_of,
+    stop,
 )
 from sublens.kernels.product import (
     AHEAD,
@@ -51,12 +84,8 @@ from sublens.kernels.vector import (
     LINE,
     REGISTER,
     WIDTH,
-    as_float,
-    as_word,
     pointer,
     take,
-    transpose,
-    wait,
     written,
 )
 from sublens.noise import PATTERNS, TILE
@@ -67,152 +96,12 @@ ROWS, COLUMNS = 48, 256
 _PITCH = COLUMNS + 16  # of a block's rows: not a power of two, or the rows would fight for the same lines of the cache
 _DRAWN = COLUMNS + 2 * TILE  # draws of a row: whole tiles, so more than the row at both ends
 _SLICE, _STRIP = 96, 24  # columns whose masked weights stay in the first-level cache, forward and backward
-PANEL = GROUP  # columns of the inputs' layout for the weight gradient
-_PACKED = 4 * PANEL  # columns that are packed at a time: rows so long that the processor sees what comes next
 LONGEST = 4 * REGISTER  # rows of a piece at most
 
 # By what the rows of the first operand are apart: a masked block's rows, its columns, and rows of packed gradients.
 _by_rows, _by_columns, _by_pieces = product(_PITCH), product(1), product_of(PANEL // REGISTER)
 _reduced_by_rows, _reduced_by_columns = product(_PITCH, reduced=True), product(1, reduced=True)
 _reduced_by_pieces = product_of(PANEL // REGISTER, reduced=True)
-
-INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
-HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
-TURNED, IN_WORD, RECTIFIED, ROUNDED, OF_WEIGHT, COMES_PACKED, STAYS_PACKED = range(29, 36)
-LINEAR_FIELDS = 36
-"""Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
-OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
-number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
-PIECES pieces of LENGTH, and a thread takes WIDE columns at a time. BIAS is the address of HEIGHT numbers, or 0. PACKED
-is that of what is put in another order first, PACKING the next part of it and DONE the number of those that are ready;
-both begin at 0. IN_WORD is the number of neighbours, along what a product sums over, that stand in 32 bits of what it
-is given: 1, or 2 where products are in bfloat16. TURNED is the address of the same rows as at PACKED in words of
-neighbours in a column (the same ones, if IN_WORD is 1), or 0. RECTIFIED is 1 where a ReLU follows the layer (forward)
-or comes before it (backward), else 0. ROUNDED is 1 where outputs (forward), or the gradient of the inputs (backward),
-are rounded to numbers that bfloat16 has, else 0. OF_WEIGHT is the address of the weight's gradient, or 0. COMES_PACKED
-is 1 where what is put in another order first comes in that order, at PACKED, and STAYS_PACKED where outputs are written
-in it (forward), or INPUTS come and OF_INPUTS are written in it (backward); neither with words of two."""
-
-
-@loop(INT, INT, INT, INT, INT, INT)
-def _turn(source: Any, source_r: Any, target: Any, target_r: Any, rows: Any, columns: Any) -> None:
-    """Write the transpose of ``rows`` x ``columns`` numbers."""
-    whole, across = rows - rows % WIDTH, columns - columns % WIDTH
-    for r in range(0, whole, WIDTH):
-        for c in range(0, across, WIDTH):
-            transpose(source + 4 * (r * source_r + c), source_r, target + 4 * (c * target_r + r), target_r)
-    s = carray(pointer(source), ((rows - 1) * source_r + columns,), f32)
-    t = carray(pointer(target), ((columns - 1) * target_r + rows,), f32)
-    for r in range(rows):
-        for c in range(across if r < whole else 0, columns):
-            t[c * target_r + r] = s[r * source_r + c]
-
-
-@loop(INT, INT, INT, WORDS)
-def _pack(source: Any, width: Any, room: Any, p: Any) -> None:
-    """Put (chunk, row, column) in the order (chunk, piece, column, row of the piece), rows filled up with zeros.
-
-    Of two in a word, columns follow each other at PACKED, rows at TURNED; ``room`` is for PANEL columns of a piece. The
-    threads share the work, and each comes back when all of it is done.
-    """
-    chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
-    most = PANEL if p[IN_WORD] == 2 else _PACKED  # at a time
-    columns = (width + most - 1) // most
-    units = p[SAMPLES] * pieces * columns
-    while True:
-        unit = take(p.ctypes.data + 8 * PACKING, 1)
-        if unit >= units:
-            break
-        piece, c = unit // columns, unit % columns * most
-        first = piece % pieces * length
-        rows = max(0, min(length, chunk - first))
-        size = min(most, width - c)
-        target = room if p[IN_WORD] == 2 else p[PACKED] + 4 * (piece * width + c) * length
-        if rows < length:
-            fill(target, size * length, f32(0.0))
-        if rows > 0:
-            _turn(source + 4 * ((piece // pieces * chunk + first) * width + c), width, target, length, rows, size)
-        if p[IN_WORD] == 2:
-            if size % 2 == 1:
-                fill(room + 4 * size * length, length, f32(0.0))
-            words = p[PACKED] + 4 * (piece * ((width + 1) // 2) + c // 2) * length
-            for j in range(0, size, 2):
-                paired_of(words + 2 * j * length, room + 4 * j * length, room + 4 * (j + 1) * length, length)
-            if p[TURNED] != 0:
-                rounded_of(p[TURNED] + 2 * (piece * width + c) * length, room, size * length)
-        take(p.ctypes.data + 8 * DONE, 1)
-    wait(p.ctypes.data + 8 * DONE, units)
-
-
-@loop(INT, INT, INT, INT, INT, INT)
-def _rows_of(columns: Any, length: Any, target: Any, target_r: Any, rows: Any, size: Any) -> None:
-    """Write the first ``rows`` rows of a piece, of ``size`` numbers, from its columns, which are ``length`` apart."""
-    for r in range(0, rows, WIDTH):
-        _turn(columns + 4 * r, length, target + 4 * r * target_r, target_r, size, min(WIDTH, rows - r))
-
-
-@loop(*[INT] * 4)
-def _add(columns: Any, bias: Any, rows: Any, length: Any) -> None:
-    """Add a number of its own to each row of ``rows`` x ``length``."""
-    s, b = carray(pointer(columns), (rows * length,), f32), carray(pointer(bias), (rows,), f32)
-    for r in range(rows):
-        for j in range(length):
-            s[r * length + j] += b[r]
-
-
-@loop(INT, INT)
-def _round(values: Any, count: Any) -> None:
-    """Round to the nearest float32 that bfloat16 has too, to an even one of two."""
-    v = carray(pointer(values), (count,), f32)
-    for j in range(count):
-        word = as_word(v[j])
-        nearest = (word + i32(0x7FFF) + ((word >> i32(16)) & i32(1))) & i32(-0x10000)
-        v[j] = as_float(i32(nearest)) if v[j] == v[j] else v[j]
-
-
-@loop(INT, INT)
-def _rectify(values: Any, count: Any) -> None:
-    """Replace what is below 0 by 0."""
-    v = carray(pointer(values), (count,), f32)
-    for j in range(count):
-        v[j] = f32(0.0) if v[j] < f32(0.0) else v[j]
-
-
-@loop(*[INT] * 5)
-def _stop(gradient: Any, rectified: Any, apart: Any, rows: Any, size: Any) -> None:
-    """Replace the gradient by 0 where a ReLU gave 0, in ``rows`` rows of ``size`` numbers that are ``apart``."""
-    for r in range(rows):
-        g = carray(pointer(gradient + 4 * r * apart), (size,), f32)
-        x = carray(pointer(rectified + 4 * r * apart), (size,), f32)
-        for j in range(size):
-            g[j] = f32(0.0) if x[j] <= f32(0.0) else g[j]
-
-
-@loop(*[INT] * 6)
-def _panel(source: Any, source_r: Any, target: Any, chunk: Any, rows: Any, size: Any) -> None:
-    """(row, column) of a chunk's columns to ``rows`` rows of a panel, rows and columns filled up with zeros."""
-    s = carray(pointer(source), (max(0, chunk - 1) * source_r + size,), f32)
-    t = carray(pointer(target), (rows * PANEL,), f32)
-    for r in range(rows):
-        for j in range(PANEL):
-            t[r * PANEL + j] = s[r * source_r + j] if r < chunk and j < size else f32(0.0)
-
-
-@loop(*[INT] * 5)
-def _panel_of_columns(columns: Any, length: Any, target: Any, rows: Any, size: Any) -> None:
-    """The same from a piece's columns: ``length`` rows, of which the first ``rows`` are a chunk's."""
-    if size < PANEL:
-        fill(target, length * PANEL, f32(0.0))
-    _turn(columns, length, target, PANEL, size, length)
-    fill(target + 4 * rows * PANEL, (length - rows) * PANEL, f32(0.0))
-
-
-@loop(*[INT] * 7)
-def _paired_panel(source: Any, source_r: Any, target: Any, chunk: Any, rows: Any, size: Any, room: Any) -> None:
-    """The same in words of two neighbours in a column; ``room`` is for two rows of a panel."""
-    for r in range(0, rows, 2):
-        _panel(source + 4 * r * source_r, source_r, room, chunk - r, 2, size)
-        paired_of(target + 2 * r * PANEL, room, room + 4 * PANEL, PANEL)
 
 
 @loop(*[INT] * 6, WORDS)
@@ -351,7 +240,7 @@ def _forward(p: Any) -> None:
     scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
     sums, ahead = scratch + MORE, scratch + _AHEAD
     if p[COMES_PACKED] == 0:
-        _pack(p[INPUTS], across, scratch + _TOTAL, p)
+        pack(p[INPUTS], across, scratch + _TOTAL, p)
     while True:
         top = take(p.ctypes.data, 1) * ROWS
         if top >= height:
@@ -397,13 +286,13 @@ def _forward(p: Any) -> None:
                 y = p[GRADIENT] + 4 * ((i * chunk + first) * height + top)
                 columns = _sums_of(sums, i * pieces + first // length, top, p)
                 if p[BIAS] != 0:
-                    _add(columns, p[BIAS] + 4 * top, rows, length)
+                    add_to_rows(columns, p[BIAS] + 4 * top, rows, length)
                 if p[RECTIFIED] == 1:
-                    _rectify(columns, rows * length)
+                    rectify(columns, rows * length)
                 if p[ROUNDED] == 1:
-                    _round(columns, rows * length)
+                    round_all(columns, rows * length)
                 if p[STAYS_PACKED] == 0:
-                    _rows_of(columns, length, y, height, min(length, chunk - first), rows)
+                    rows_of(columns, length, y, height, min(length, chunk - first), rows)
 
 
 @njit(types.int64(*[INT] * 4, WORDS), error_model="numpy", cache=True, nogil=True)
@@ -425,7 +314,7 @@ def _backward(p: Any) -> None:
     odds, limits, total = scratch + _ODDS, scratch + _LIMITS, scratch + _TOTAL
     tiles, of_weight, ahead = scratch + _TILES, scratch + _OF_WEIGHT, scratch + _AHEAD
     if p[COMES_PACKED] == 0:
-        _pack(p[GRADIENT], height, total, p)
+        pack(p[GRADIENT], height, total, p)
     while True:
         left = take(p.ctypes.data, 1) * wide
         if left >= across:
@@ -437,15 +326,15 @@ def _backward(p: Any) -> None:
                 x = p[INPUTS] + 4 * (k * chunk * across + left + c)
                 panel = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
                 if in_word == 2:
-                    _paired_panel(x, across, panel, chunk, whole, min(PANEL, size - c), tiles)
+                    paired_panel(x, across, panel, chunk, whole, min(PANEL, size - c), tiles)
                 elif p[STAYS_PACKED] == 0:
-                    _panel(x, across, panel, chunk, whole, min(PANEL, size - c))
+                    panel_of_rows(x, across, panel, chunk, whole, min(PANEL, size - c))
                 else:
                     for part in range(pieces):
                         first = part * length
                         x = p[INPUTS] + 4 * ((k * pieces + part) * across + left + c) * length
                         room = panel + 4 * first * PANEL
-                        _panel_of_columns(x, length, room, min(length, chunk - first), min(PANEL, size - c))
+                        panel_of_columns(x, length, room, min(length, chunk - first), min(PANEL, size - c))
         for top in range(0, height, ROWS):
             rows = min(ROWS, height - top)
             for r in range(rows):
@@ -522,15 +411,15 @@ def _backward(p: Any) -> None:
                     piece = i * pieces + first // length
                     columns = _of_columns(of_inputs, piece, left, size, p)
                     if p[ROUNDED] == 1:
-                        _round(columns, size * length)
+                        round_all(columns, size * length)
                     if p[STAYS_PACKED] == 1:
                         if p[RECTIFIED] == 1:
                             x = p[INPUTS] + 4 * (piece * across + left) * length
-                            _stop(columns, x, 0, 1, size * length)
+                            stop(columns, x, 0, 1, size * length)
                         continue
-                    _rows_of(columns, length, p[OF_INPUTS] + at, across, many, size)
+                    rows_of(columns, length, p[OF_INPUTS] + at, across, many, size)
                     if p[RECTIFIED] == 1:
-                        _stop(p[OF_INPUTS] + at, p[INPUTS] + at, across, many, size)
+                        stop(p[OF_INPUTS] + at, p[INPUTS] + at, across, many, size)
     written()
 
 
