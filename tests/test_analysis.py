@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sublens.analysis import (
@@ -221,3 +223,42 @@ def test_the_first_half_is_the_larger_one() -> None:
 def test_a_half_of_unknown_layers_is_refused(network: nn.Module) -> None:
     with pytest.raises(SettingError, match=r"nothere.*0\.weight"):
         interrogate(network, drawn_mask(network, 1), {}, half=["nothere"])
+
+
+def test_the_p_over_all_layers_of_few_groups_is_exact() -> None:
+    network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    kept = {name: torch.tensor([True] + [False] * 15).view(4, 4) for name in ("0.weight", "1.weight")}
+    mask = Mask.full(network) & Mask.from_logits(
+        {name: 2.0 * each - 1.0 for name, each in kept.items()}, network=fingerprint(network)
+    )
+    found = overlap(mask, mask)
+    assert found["p"] == pytest.approx(2 / 16**2)  # both masks keep the same one of 16, twice
+    assert found["per_layer"]["0.weight"]["p"] == pytest.approx(2 * 2 / 16)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4))
+def test_few_layers_are_added_up_as_every_combination_gives(layers: list[tuple[int, float, float]]) -> None:
+    parts = [shared_by_chance(size, round(a * size), round(b * size)) for size, a, b in layers]
+    summed: dict[int, float] = {0: 1.0}
+    for part in parts:
+        added: dict[int, float] = {}
+        for seen, chance in summed.items():
+            for i, probability in enumerate(part.probability.tolist()):
+                added[seen + part.low + i] = added.get(seen + part.low + i, 0.0) + chance * probability
+        summed = added
+    found = total(parts)
+    for seen, chance in summed.items():
+        assert found.probability[seen - found.low].item() == pytest.approx(chance, rel=1e-9)
+        tails = (sum(p for s, p in summed.items() if s <= seen), sum(p for s, p in summed.items() if s >= seen))
+        assert found.p(seen) == pytest.approx(min(1.0, 2 * min(tails)), rel=1e-9)
+
+
+def test_far_tails_of_many_outcomes_are_those_of_the_normal_distribution() -> None:
+    parts = [shared_by_chance(20_000, 5_000, 5_000) for _ in range(3)]
+    found = total(parts)
+    middle = round((found.values() * found.probability).sum().item())
+    for far in (0, 100, 400, 2000):
+        z = found.z(middle + far)
+        assert z is not None
+        assert found.p(middle + far) == pytest.approx(min(1.0, math.erfc(abs(z) / math.sqrt(2))), rel=0.3)

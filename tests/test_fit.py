@@ -60,7 +60,9 @@ def test_a_mask_that_had_no_time_to_close_a_gate_says_so(network: nn.Module) -> 
         run_of(network, steps=100, alpha=1.0, lr=0.01)
     assert len(told) == 1 and told[0].filename == __file__
     assert run_of(network, steps=100, alpha=0.0, lr=0.01).mask.kept == 1.0  # nobody asked for fewer
-    assert run_of(network, steps=100, alpha=1.0, lr=0.1).mask.kept < 1.0
+    with pytest.warns(UserWarning, match="removes every weight after 100 steps") as told:
+        assert run_of(network, steps=100, alpha=1.0, lr=0.1).mask.kept == 0.0
+    assert len(told) == 1 and told[0].filename == __file__
 
 
 # --- the step ---

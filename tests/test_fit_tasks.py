@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sublens as sl
-from sublens.errors import FileError
+from sublens.errors import FileError, SettingError
 from sublens.fit import progress
 from sublens.fit.checkpoint import RunFolder
 from sublens.storage import load_tensors
@@ -206,3 +207,15 @@ def test_loaders_whose_workers_persist_have_one_iterator_and_are_not_shared(netw
     tasks = {name: {"batches": both, "loss": loss_of_loader} for name in "ab"}
     with pytest.raises(sl.SettingError, match="draw batches from the same DataLoader"):
         sl.fit_tasks(network, tasks, **SETTINGS)
+
+
+def test_an_error_says_which_task_it_was() -> None:
+    network, x = nn.Linear(4, 2), torch.ones(8, 4)
+    fine: dict[str, Any] = {"batches": lambda step: x, "loss": lambda net, x: net(x).sum()}
+    wrong = {**fine, "loss": lambda net, x: net(x).sum() * math.nan}
+    for other, kind in ((wrong, sl.errors.NonFiniteError), ({**fine, "gate": "x"}, SettingError)):
+        with pytest.raises(kind) as caught:
+            sl.fit_tasks(network, {"a": fine, "b": other}, steps=3, progress=False)
+        assert caught.value.__notes__ == ["This was the task 'b'."]
+    with pytest.raises(SettingError, match="Task 'a' is a tuple"):
+        sl.fit_tasks(network, {"a": (1, 2)}, steps=3)  # type: ignore[dict-item]

@@ -7,7 +7,8 @@ import math
 import pickle
 import warnings
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -953,3 +954,39 @@ def test_a_masked_network_can_be_exported() -> None:
     masked, x = sl.MaskedNetwork(mlp()).eval(), normal(8, 6)
     exported = torch.export.export(masked, (x,))
     torch.testing.assert_close(exported.module()(x), masked(x))
+
+
+def test_a_penalty_of_evaluation_mode_that_is_trained_on_is_told() -> None:
+    masked = sl.MaskedNetwork(nn.Linear(4, 2)).eval()
+    value = masked.penalty(1.0)  # to look at it is fine
+    with pytest.warns(UserWarning, match="evaluation mode is trained on"):
+        value.backward()
+    masked.train().penalty(1.0).backward()
+
+
+def test_an_output_without_tensors_is_named() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.layer(x))
+
+    with pytest.raises(CutGraphError, match="a SimpleNamespace, in which no tensor is found"):
+        sl.MaskedNetwork(Wrapped(), samples=1)(torch.ones(8, 4))
+
+
+def test_rows_that_do_not_follow_the_batch_are_not_averaged_in_silence() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.lstm(x)[0][-1])
+
+    x = torch.randn(12, 5, 4)  # 12 steps of 5 sequences
+    with pytest.warns(UserWarning, match=r"shape \(5, 6\).*give batch_dim=1"):
+        sl.MaskedNetwork(Last(), samples=2)(x)
+    assert sl.MaskedNetwork(Last(), samples=2, batch_dim=1)(x).shape == (5, 6)

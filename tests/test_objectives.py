@@ -127,3 +127,10 @@ def test_masks_trained_for_them_agree_contrast_and_forget() -> None:
     with torch.no_grad():
         left = (x * (network.weight[1] * forgotten[1])).sum(1)
         assert float((left - x[:, 3:].sum(1)).square().mean()) > 1.9
+
+
+def test_agreement_of_single_numbers_is_not_measured_by_softmax() -> None:
+    network, x = nn.Linear(4, 1), torch.randn(8, 4)
+    with pytest.raises(SettingError, match=r"shape is \(8, 1\).*measure='mse'"):
+        sl.agree(network)(network, x)
+    assert sl.agree(network, measure="mse")(network, x).item() == 0.0

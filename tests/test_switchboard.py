@@ -235,3 +235,10 @@ def test_several_masks_train_over_one_copy_of_the_weights() -> None:
     board = sl.Switchboard(network, {str(i): one.mask() for i, (one, _) in enumerate(together)})
     one, _ = together[1]
     torch.testing.assert_close(board("1", x), one.eval()(x))
+
+
+def test_a_run_in_place_of_its_mask_is_named() -> None:
+    network = nn.Linear(4, 2)
+    run = sl.fit(network, lambda step: torch.ones(8, 4), lambda net, x: net(x).sum(), steps=1, progress=False)
+    with pytest.raises(sl.errors.SettingError, match=r"The mask 'a' is a Run, not a mask. Give its mask, run\.mask"):
+        sl.Switchboard(network, {"a": run})  # type: ignore[dict-item]

@@ -235,7 +235,10 @@ class MaskedNetwork(nn.Module):
         else:
             step, gates = max(self.step - 1, 0), self.gate.across(logits)
             parts = [alphas[name] * gates[name].penalty(layer, kind, step) for name, layer in logits.items()]
-        return torch.stack(parts).sum()
+        value = torch.stack(parts).sum()
+        if not self.training and value.requires_grad:
+            value.register_hook(_warn_of_evaluation)
+        return value
 
     def penalty_slopes(self, alpha: float | Mapping[str, float], kind: Penalty = "logits") -> dict[str, float] | None:
         """Gradient of :meth:`penalty` where it is one number for all logits of a parameter; otherwise ``None``."""
@@ -331,13 +334,19 @@ class MaskedNetwork(nn.Module):
                 stacklevel=5,  # past forward, and torch's two layers around it,
             )
             return
-        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flatten(output)[0]):
+        leaves = flatten(output)[0]
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise CutGraphError(
+                f"The network's output is a {type(output).__name__}, in which no tensor is found. Let it return a"
+                " tensor, or tuples, lists, dicts or dataclasses of tensors."
+            )
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             raise CutGraphError(
                 "The network's output does not depend on the logits: inside its forward, something cuts the graph "
                 "(torch.no_grad, detach, .data, .item, or an output computed from unmasked parameters only). "
                 f"Masked are: {', '.join(self.logits)}."
             )
-        recomputation.refuse_in_graph(flatten(output)[0])
+        recomputation.refuse_in_graph(leaves)
         self._seen_a_gradient = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedNetwork":
@@ -368,6 +377,14 @@ class MaskedNetwork(nn.Module):
         """What ``print`` shows."""
         elements = sum(t.numel() for t in self.logits_tree.parameters())
         return f"{elements:,} logits of {type(self.network).__name__}, samples={self.samples}, gate={self.gate}"
+
+
+def _warn_of_evaluation(gradient: Tensor) -> None:
+    warnings.warn(
+        "A MaskedNetwork's penalty that was asked for in evaluation mode is trained on. No gate is sampled in that"
+        " mode, so nothing but the penalty moves the logits. Call masked.train() before training goes on.",
+        stacklevel=2,
+    )
 
 
 @untraced

@@ -42,7 +42,8 @@ def agree(
         output: the tensor in the network's output that is compared, for example ``lambda out: out.logits``.
 
     Raises:
-        SettingError: ``measure`` is unknown; or, when the loss is called, the outputs are not tensors of one shape.
+        SettingError: ``measure`` is unknown; or, when the loss is called, the outputs are not tensors of one shape,
+            or are single numbers, of which ``"kl"`` sees nothing.
     """
     if measure not in get_args(Measure):
         raise SettingError(f"measure={measure!r} is unknown. Use 'kl' (for logits) or 'mse'.")
@@ -65,6 +66,12 @@ def agree(
             )
         if measure == "mse":
             return functional.mse_loss(found, target)
+        if found.shape[-1:] in ((), (1,)):
+            raise SettingError(
+                f"agree compares distributions along the last dimension, but the output's shape is "
+                f"{tuple(found.shape)}: of one number softmax makes 1, whatever it is, so the loss would"
+                " always be 0. Use measure='mse'."
+            )
         ours, its = (functional.log_softmax(each.float().reshape(-1, each.shape[-1]), -1) for each in (found, target))
         return functional.kl_div(ours, its, reduction="batchmean", log_target=True)
 

@@ -6,6 +6,7 @@ where an output follows the batch is found once, by running the network a second
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -310,6 +311,13 @@ def join(outputs: Sequence[Any], sizes: Sequence[int], axes: Axes) -> Any:
             joined.append(torch.cat(leaves, dim=axis))
         elif isinstance(head, Tensor) and head.is_floating_point():
             same = all(leaf is head for leaf in leaves)
+            if not same and head.numel() > 1:
+                warnings.warn(
+                    f"The network's output holds a tensor of shape {tuple(head.shape)} that does not follow the batch,"
+                    " so it is averaged over the samples' chunks. If it has a row for each example, the inputs count"
+                    " their examples in another dimension (a network that takes the sequence first): give batch_dim=1.",
+                    stacklevel=2,
+                )
             weighted = (leaf * (size / total) for leaf, size in zip(leaves, sizes, strict=True))
             joined.append(head if same else sum(weighted, torch.zeros_like(head)))
         elif all(_equal(head, leaf) for leaf in leaves):
@@ -329,4 +337,7 @@ def _equal(a: Any, b: Any) -> bool:
         return isinstance(b, Tensor) and torch.equal(a, b)
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and np.array_equal(a, b)
-    return a is b or bool(a == b)
+    try:
+        return a is b or bool(a == b)
+    except Exception:  # an object that holds tensors, say
+        return False

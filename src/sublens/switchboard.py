@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sublens import recomputation
 from sublens.calling import OutputAxes, call_with
 from sublens.errors import MismatchError, SettingError, check_named
-from sublens.mask import Mask, fingerprint
+from sublens.mask import Mask, check_mask, fingerprint
 from sublens.selection import tied_names
 from sublens.splitting import Batch, flatten, join
 
@@ -72,11 +72,12 @@ class Switchboard:
         """Add a mask, or put another one in its place.
 
         Raises:
-            SettingError: ``name`` is no text.
+            SettingError: ``name`` is no text, or ``mask`` no mask.
             MismatchError: the mask belongs to another network, or the network has changed.
         """
         if not isinstance(name, str):
             raise SettingError(f"A mask's name must be text, not {name!r}; None is the network without a mask.")
+        check_mask(f"The mask {name!r}", mask)
         self._check_unchanged()
         mask.check(self._network, self._fingerprint)
         self._masks[name] = mask

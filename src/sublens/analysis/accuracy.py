@@ -10,7 +10,7 @@ from torch import nn
 
 from sublens.errors import SettingError, check_named
 from sublens.groups import Grouping
-from sublens.mask import Mask
+from sublens.mask import Mask, check_mask
 
 Metrics = Mapping[str, Callable[[nn.Module], float]]
 
@@ -35,6 +35,8 @@ def accuracies(network: nn.Module, metrics: Metrics, mask: Mask | None = None) -
         SettingError: ``metrics`` is no mapping of names to functions, or one returned no finite number.
     """
     check_named("metrics", metrics, "{'accuracy': accuracy}")
+    if mask is not None:
+        check_mask("What the network is measured under", mask)
     with measuring(network) as net:
         if mask is None:
             return {name: _number(name, metric(net)) for name, metric in metrics.items()}

@@ -12,16 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_NEGLIGIBLE = 1e-18  # probability below which an outcome is left out where layers are added up
+_NEGLIGIBLE = 1e-18  # probability below which an outcome is left out where layers are added up by Fourier transforms
+_SURE = 1e-12  # tails from which on those are exact enough: they are off by some 1e-16
+_FEW = 2048  # outcomes up to which layers are added up in logarithms, exactly in the tails too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """Probabilities of a whole number: ``probability[i]`` is that of ``low + i`` (float64, summing to 1)."""
+    """Probabilities of a whole number: ``probability[i]`` is that of ``low + i`` (float64, summing to 1).
+
+    ``rough`` says that tails below about 1e-12 are not known. There the normal distribution serves.
+    """
 
     low: int
     probability: Tensor
     log_probability: Tensor
+    rough: bool = False
 
     def values(self) -> Tensor:
         """Return the possible numbers, float64."""
@@ -48,6 +54,12 @@ class Distribution:
 
         A value below about 1e-300 comes out as 0.
         """
+        if self.rough and (tail := self._tail(seen)) < _SURE:
+            z = self.z(seen)
+            return tail if z is None else math.erfc(abs(z) / math.sqrt(2))
+        return self._tail(seen)
+
+    def _tail(self, seen: int) -> float:
         if not self.low <= seen < self.low + len(self.probability):
             return 0.0
         position = seen - self.low
@@ -74,7 +86,16 @@ def shared_by_chance(size: int, first: int, second: int) -> Distribution:
 
 
 def total(layers: list[Distribution]) -> Distribution:
-    """Return the distribution of the sum over independent layers. Outcomes rarer than 1e-18 in a layer are left out."""
+    """Return the distribution of the sum over independent layers.
+
+    It is exact for up to a few thousand outcomes; of more, those rarer than 1e-18 in a layer are left out.
+    """
+    if sum(len(layer.probability) for layer in layers) <= _FEW:
+        low, log_probability = 0, torch.zeros(1, dtype=torch.float64)
+        for layer in layers:
+            low, log_probability = low + layer.low, _convolved(log_probability, layer.log_probability)
+        log_probability = log_probability - torch.logsumexp(log_probability, 0)
+        return Distribution(low=low, probability=log_probability.exp(), log_probability=log_probability)
     low, probability = 0, torch.ones(1, dtype=torch.float64)
     for layer in layers:
         possible = (layer.probability > _NEGLIGIBLE).nonzero().flatten()
@@ -85,4 +106,11 @@ def total(layers: list[Distribution]) -> Distribution:
         probability = product.clamp(min=0)
         low += layer.low + start
     probability = probability / probability.sum()
-    return Distribution(low=low, probability=probability, log_probability=probability.log())
+    return Distribution(low=low, probability=probability, log_probability=probability.log(), rough=True)
+
+
+def _convolved(a: Tensor, b: Tensor) -> Tensor:
+    """Logarithms of the probabilities of a sum, from those of its two terms."""
+    a, b = (a, b) if len(a) >= len(b) else (b, a)
+    edge = torch.full((len(b) - 1,), -math.inf, dtype=torch.float64)
+    return torch.logsumexp(torch.cat([edge, a, edge]).unfold(0, len(b), 1) + b.flip(0), 1)

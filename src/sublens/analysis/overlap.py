@@ -1,12 +1,11 @@
 """How much two masks share, in each layer and altogether, beside what chance gives (paper, section 2 and appendix)."""
 
-import math
 from typing import Any
 
 from torch import Tensor
 
 from sublens.analysis.chance import Distribution, shared_by_chance, total
-from sublens.mask import Mask
+from sublens.mask import Mask, check_mask
 
 
 def overlap(first: Mask, second: Mask) -> dict[str, Any]:
@@ -25,7 +24,10 @@ def overlap(first: Mask, second: Mask) -> dict[str, Any]:
 
     Raises:
         MismatchError: the masks belong to different networks or layers.
+        SettingError: one of them is no mask.
     """
+    for number, mask in (("first", first), ("second", second)):
+        check_mask(f"The {number} of the two", mask)
     sizes, both = first.sizes(), (first & second).kept_counts()
     kept, kept_too = first.kept_counts(), second.kept_counts()
     chances = {name: shared_by_chance(sizes[name], kept[name], kept_too[name]) for name in sizes}
@@ -42,13 +44,11 @@ def overlap(first: Mask, second: Mask) -> dict[str, Any]:
         "both": sum(both.values()),
     }
     chance = total(list(chances.values()))
-    z = chance.z(counts["both"])
     return {
         **_figures(counts["both"], counts["first"], counts["second"], chance),
         "sizes": counts,
-        "z": z,
-        # Over all layers the number is a sum of many, so the normal distribution serves.
-        "p": 1.0 if z is None else math.erfc(abs(z) / math.sqrt(2)),
+        "z": chance.z(counts["both"]),
+        "p": chance.p(counts["both"]),
         "per_layer": per_layer,
     }
 

@@ -180,8 +180,10 @@ def _penalty_alone(reading: LossReading, names: list[str]) -> Finding:
         "task-unreached",
         f"Only the penalty reaches the logits ({listed(names)}); the task's part of the loss does not.{constant}",
         "The penalty alone moves the gates, all in one direction, whatever the task needs. The forward pass ran under "
-        "no_grad(), its output was detached, or the gate is a threshold without a gradient.",
-        f"Run the forward pass with gradients on, and let them pass the threshold:\n{_STRAIGHT_THROUGH}\n{_FUNCTIONAL}",
+        "no_grad(), its output was detached, the gate is a threshold without a gradient, or a MaskedNetwork is in "
+        "evaluation mode.",
+        "Call masked.train() if it is a MaskedNetwork. Run the forward pass with gradients on, and let them pass the "
+        f"threshold:\n{_STRAIGHT_THROUGH}\n{_FUNCTIONAL}",
     )
 
 

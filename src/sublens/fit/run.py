@@ -250,6 +250,12 @@ def fitting(
                 " or a larger lr or alpha.",
                 stacklevel=4,  # past this generator, and who goes through it
             )
+        if mask.kept == 0 and isinstance(settings.alpha, int | float) and state.step >= _ENOUGH and ranks.leads:
+            warnings.warn(
+                f"The mask removes every weight after {state.step} steps: the penalty outweighs what the loss loses by"
+                " it. Take a smaller alpha, and see that the loss depends on what the network gives.",
+                stacklevel=4,
+            )
         return Run(mask, logits, history, stopped, state.step, training.seconds())
 
 

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -44,7 +44,10 @@ def fit_tasks(network: nn.Module, tasks: Mapping[str, Mapping[str, Any]], **sett
     arguments = {name: _arguments(network, name, own, settings) for name, own in tasks.items()}
     _check_tasks(arguments)
     with random_state_kept(), sharing(settings.get("progress", True)) as bar:
-        fittings = {name: fitting(bar, **given) for name, given in arguments.items()}
+        fittings = {}
+        for name, given in arguments.items():
+            with _naming(name):
+                fittings[name] = fitting(bar, **given)
         runs: dict[str, Run] = {}
         with contextlib.ExitStack() as stack:
             for each in fittings.values():
@@ -53,14 +56,28 @@ def fit_tasks(network: nn.Module, tasks: Mapping[str, Mapping[str, Any]], **sett
             while len(runs) < len(fittings):
                 for name in [name for name in fittings if name not in runs]:
                     try:
-                        next(fittings[name])
+                        with _naming(name):
+                            next(fittings[name])
                     except StopIteration as ended:
                         runs[name] = ended.value
     return {name: runs[name] for name in tasks}
 
 
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Note the task in whatever goes wrong with it."""
+    try:
+        yield
+    except StopIteration:
+        raise
+    except Exception as error:
+        error.add_note(f"This was the task {name!r}.")
+        raise
+
+
 def _arguments(network: nn.Module, name: str, own: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of :func:`fit` for one of several tasks."""
+    check_named(f"Task {name!r}", own, "{'batches': f, 'loss': g}")
     known = inspect.signature(fit).parameters
     given = {**settings, **own}
     if unknown := sorted(set(given) - set(known) | set(given) & {"network"}):

@@ -428,6 +428,13 @@ class Mask:
             )
 
 
+def check_mask(what: str, given: object) -> None:
+    """Raise SettingError unless ``given`` is a mask; ``what`` is what it was given as."""
+    if not isinstance(given, Mask):
+        cure = "Give its mask, run.mask." if isinstance(getattr(given, "mask", None), Mask) else "Give a sublens.Mask."
+        raise SettingError(f"{what} is a {type(given).__name__}, not a mask. {cure}")
+
+
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 1.0
 
