@@ -285,7 +285,7 @@ def test_training_and_evaluation_of_the_threshold_agree_and_its_penalty_counts()
     x = normal(8, 6)
     training = masked(x)
     torch.testing.assert_close(training, masked.eval()(x))
-    penalty = masked.penalty(0.5, "expected")
+    penalty = masked.train().penalty(0.5, "expected")
     penalty.backward()
     assert float(penalty.detach()) == 0.5 * float((logits > 0).sum()) == 0.5 * 30 * masked.mask().kept
     torch.testing.assert_close(logits.grad, torch.full((5, 6), 0.5))

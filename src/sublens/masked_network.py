@@ -235,10 +235,10 @@ class MaskedNetwork(nn.Module):
         else:
             step, gates = max(self.step - 1, 0), self.gate.across(logits)
             parts = [alphas[name] * gates[name].penalty(layer, kind, step) for name, layer in logits.items()]
-        value = torch.stack(parts).sum()
-        if not self.training and value.requires_grad:
-            value.register_hook(_warn_of_evaluation)
-        return value
+        summed = torch.stack(parts).sum()
+        if not self.training and summed.requires_grad:
+            summed.register_hook(_warn_of_evaluation)
+        return summed
 
     def penalty_slopes(self, alpha: float | Mapping[str, float], kind: Penalty = "logits") -> dict[str, float] | None:
         """Gradient of :meth:`penalty` where it is one number for all logits of a parameter; otherwise ``None``."""
