@@ -423,8 +423,9 @@ class Mask:
         if (found := found or fingerprint(network)) != self._network:
             raise MismatchError(
                 f"the mask belongs to network {self._network[:12]}, this one is {found[:12]}: names and shapes fit, "
-                "but weights or buffers differ. Load those that the mask was made for, or use mask.bind(network) to "
-                "transfer it on purpose"
+                "but weights or buffers differ, or their dtypes. Load those that the mask was made for, or use "
+                "mask.bind(network) to transfer it on purpose. Inside another mask's applied() they differ too: there "
+                "put on both as one, mask & other"
             )
 
 
