@@ -32,7 +32,8 @@ def accuracies(network: nn.Module, metrics: Metrics, mask: Mask | None = None) -
     """Return every metric of ``network``, or of ``network`` under ``mask``. The weights are the same afterwards.
 
     Raises:
-        SettingError: ``metrics`` is no mapping of names to functions, or one returned no finite number.
+        SettingError: ``metrics`` is no mapping of names to functions, one returned no finite number, or ``mask`` is
+            none.
     """
     check_named("metrics", metrics, "{'accuracy': accuracy}")
     if mask is not None:
