@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -51,10 +52,14 @@ def assert_agrees(
     """Check one precision, or both.
 
     In bfloat16 inputs, weights and gradients are rounded first. Sums are the same, but those of long chunks are rounded
-    to 8 bits at the end, each by at most 2 ** -9 of it.
+    to 8 bits at the end, each by at most 2 ** -9 of it. Where there is a matrix unit, products without it are checked
+    too.
     """
     if reduced is None:
         assert_agrees(samples, m, width, height, draw, reduced=True)
+        if blocked.by_tiles():
+            with mock.patch.object(blocked, "by_tiles", lambda: False):
+                assert_agrees(samples, m, width, height, draw, reduced=True)
     coarse = 2.0**-8 if reduced and m >= blocked._long(samples, reduced) else 0.0
     x, weight, logits, gradient = problem(samples, m, width, height)
     y = blocked.forward(x, weight, logits, draw, reduced=bool(reduced))
@@ -94,10 +99,28 @@ def test_agrees_for_every_size_of_a_chunk(samples: int, m: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(1, 1), (1, 100), (100, 1), (31, 48), (32, 47), (33, 49), (256, 96), (257, 97), (600, 20)]
+    ("width", "height"),
+    [(1, 1), (1, 100), (100, 1), (31, 48), (32, 47), (33, 49), (63, 64), (256, 96), (257, 97), (289, 129), (600, 20)],
 )
 def test_agrees_around_the_edges_of_blocks(width: int, height: int) -> None:
     assert_agrees(4, 9, width, height)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(3, 5), (70, 53), (300, 130)])
+def test_one_example_without_numbers_leaves_the_others_theirs(width: int, height: int, reduced: bool) -> None:
+    """Loops fill rows and columns up to whole vectors and tiles, and 0 times infinity would be no number."""
+    x, weight, logits, gradient = problem(2, 5, width, height)
+    y = blocked.forward(x, weight, logits, DRAW, reduced=reduced)
+    of_x, _ = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True, reduced=reduced)
+    x[0, 4], gradient[0, 4] = math.inf, math.nan
+    y_beside = blocked.forward(x, weight, logits, DRAW, reduced=reduced)
+    of_x_beside, _ = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True, reduced=reduced)
+    assert of_x is not None and of_x_beside is not None
+    others = torch.tensor([True] * 4 + [False] + [True] * 5)
+    assert torch.equal(y_beside.view(10, -1)[others], y.view(10, -1)[others])
+    assert torch.equal(of_x_beside.view(10, -1)[others], of_x.view(10, -1)[others])
+    assert not bool(y_beside[0, 4].isfinite().any()) and bool(of_x_beside[0, 4].isnan().all())
 
 
 @settings(max_examples=40, deadline=None)

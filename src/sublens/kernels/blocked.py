@@ -30,11 +30,11 @@ from sublens.noise import Draw
 
 
 @functools.cache
-def pieces(rows: int) -> tuple[int, int]:
-    """Into how many pieces of which length a chunk of that many rows is cut: whole registers, few places empty."""
+def pieces(rows: int, tiled: bool = False) -> tuple[int, int]:
+    """Into how many pieces of which length a chunk of that many rows is cut: whole registers or tiles, few empty."""
     loops = cpu.compiled("linear_loops")
-    count = math.ceil(rows / loops.LONGEST)
-    return count, loops.REGISTER * math.ceil(rows / count / loops.REGISTER)
+    count, least = math.ceil(rows / loops.LONGEST), loops.SIDE if tiled else loops.REGISTER
+    return count, least * math.ceil(rows / count / least)
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ def multiplies_bfloat16() -> bool:
     return bool(cpu.compiled("halves").FAST)
 
 
+def by_tiles() -> bool:
+    """Whether products in bfloat16 are made by a matrix unit here."""
+    return bool(cpu.compiled("tiles").USED)
+
+
 @threads.untraced
 def forward(
     x: Tensor | Packed,
@@ -142,8 +147,9 @@ def forward(
     fields = {loops.GRADIENT: _address(out), loops.BIAS: 0 if bias is None else bias.data_ptr()}
     packed = isinstance(x, Packed), isinstance(out, Packed)
     plan = _plan(
-        samples, m, height, width, False, loops.COLUMNS, reduced, rectified, rounded, *packed, torch.get_num_threads()
-    )
+        samples, m, height, width, False, loops.COLUMNS, reduced, reduced and by_tiles(), rectified, rounded, *packed,
+        torch.get_num_threads(),
+    )  # fmt: skip
     _run(plan, fields, x, x, weight, logits, draw, first)
     return out
 
@@ -197,8 +203,8 @@ def backward(
     of_inputs: Tensor | Packed | None = None
     if wants_x:
         of_inputs = Packed(torch.empty_like(x.values), m) if isinstance(x, Packed) else torch.empty_like(x)
-    count = torch.get_num_threads()
-    wide = _wide(samples, m, width, count)
+    count, tiled = torch.get_num_threads(), reduced and by_tiles()
+    wide = _wide(samples, m, width, tiled, count)
     fields = {
         loops.GRADIENT: _address(gradient),
         loops.RESULT: of_logits.data_ptr(),
@@ -206,7 +212,7 @@ def backward(
         loops.OF_WEIGHT: 0 if of_weight is None else of_weight.data_ptr(),
     }
     packed = isinstance(gradient, Packed), isinstance(x, Packed)
-    plan = _plan(samples, m, weight.shape[0], width, True, wide, reduced, rectified, rounded, *packed, count)
+    plan = _plan(samples, m, weight.shape[0], width, True, wide, reduced, tiled, rectified, rounded, *packed, count)
     _run(plan, fields, gradient, x, weight, logits, draw, first)
     return of_inputs, of_logits
 
@@ -216,13 +222,13 @@ def _address(x: Tensor | Packed) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _wide(samples: int, m: int, width: int, count: int) -> int:
+def _wide(samples: int, m: int, width: int, tiled: bool, count: int) -> int:
     """Columns that one of ``count`` threads takes at a time in the backward pass.
 
     At least two blocks of columns for each thread, and inputs in no more scratch than a cache holds.
     """
     loops = cpu.compiled("linear_loops")
-    pieces_of, length = pieces(m)
+    pieces_of, length = pieces(m, tiled)
     most = min(loops.COLUMNS, width // (2 * count), _INPUTS // (samples * pieces_of * length))
     return int(max(1, most // loops.PANEL) * loops.PANEL)
 
@@ -240,6 +246,8 @@ def _long(samples: int, reduced: bool) -> int:
     A constant of the processor: if it were measured in each process, the bits of a result would depend on the clock.
     """
     product = cpu.compiled("product")
+    if reduced and by_tiles():
+        return 1024
     if product.OUTRUNS:
         return max(256, (2048 if reduced else 8192) // samples)
     keeps_up = product.KEEPS_UP or (product.KEEPS_UP_WITH_FEW and samples <= 2)
@@ -373,28 +381,32 @@ class _Plan:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    samples: int, m: int, height: int, across: int, backward: bool, wide: int, reduced: bool, rectified: bool,
-    rounded: bool, comes_packed: bool, stays_packed: bool, count: int,
+    samples: int, m: int, height: int, across: int, backward: bool, wide: int, reduced: bool, tiled: bool,
+    rectified: bool, rounded: bool, comes_packed: bool, stays_packed: bool, count: int,
 ) -> _Plan:  # fmt: skip
     """A plan for ``count`` threads that take ``wide`` columns at a time."""
     assert not (reduced and (comes_packed or stays_packed))
     loops = cpu.compiled("linear_loops")
-    pieces_of, length = pieces(m)
+    pieces_of, length = pieces(m, tiled)
     rows, in_word = samples * pieces_of * length, 2 if reduced else 1
     packed = height if backward else across
-    # Beside what is the same for any layer: outputs of ROWS rows, or inputs and their gradient.
-    share = loops.MORE + 4 * rows * (2 * wide if backward else loops.ROWS)
+    # Beside what is the same for any layer: outputs of a block's rows, or inputs and their gradient.
+    tall = loops.TILED_ROWS if tiled else loops.ROWS
+    share = loops.MORE + 4 * rows * (2 * wide if backward else tall)
     parallel = rows * height * across >= _SMALL
+    # Words of two are filled up to whole groups of columns. In columns they come last, and tiles may read beyond them.
+    in_rows = rows * (loops.PANEL * math.ceil(packed / loops.PANEL) // 2 if reduced else packed)
+    in_columns = rows * packed // 2 + loops.SIDE * length if reduced and backward else 0
     p = [0] * loops.LINEAR_FIELDS
     p[loops.HEIGHT], p[loops.ACROSS], p[loops.SAMPLES], p[loops.CHUNK_ROWS] = height, across, samples, m
     p[loops.PIECES], p[loops.LENGTH], p[loops.SHARE], p[loops.IN_WORD] = pieces_of, length, share, in_word
     p[loops.WIDE], p[loops.RECTIFIED], p[loops.ROUNDED] = wide, int(rectified), int(rounded)
-    p[loops.COMES_PACKED], p[loops.STAYS_PACKED] = int(comes_packed), int(stays_packed)
+    p[loops.COMES_PACKED], p[loops.STAYS_PACKED], p[loops.TILED] = int(comes_packed), int(stays_packed), int(tiled)
     return _Plan(
         fields=tuple(p),
-        room=0 if comes_packed else rows * (packed + reduced),
+        room=0 if comes_packed else in_rows + in_columns,
         backward=backward,
-        turned=rows * math.ceil(packed / in_word) if reduced and backward else 0,
+        turned=in_rows if in_columns else 0,
         scratch=share * (count if parallel else 1),
         parallel=parallel,
     )

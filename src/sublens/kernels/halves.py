@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from sublens.kernels.tiles import USED
 from sublens.kernels.vector import (
     CPU,
     F32,
@@ -29,9 +30,9 @@ from sublens.kernels.vector import (
     store,
 )
 
-FAST = "+avx512bf16" in FEATURES and CPU.startswith("znver")
+FAST = USED or ("+avx512bf16" in FEATURES and CPU.startswith("znver"))
 """Whether products in bfloat16 are faster here than in float32. AMD's processors with the instruction do twice as many
-of them, Intel's half as many."""
+of them, Intel's half as many, but those with a matrix unit do eight times as many by that."""
 _DOTS = "+avx512bf16" in FEATURES and REGISTER == 16
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from numba import carray, cfunc, njit, types
 
 from sublens.kernels.gate_vectors import draw, draw_two, fold_of, fold_pair_of, masked_of
-from sublens.kernels.halves import masked_halves_of, masked_rows_of, rounded_of
+from sublens.kernels.halves import masked_halves_of, masked_rows_of
 from sublens.kernels.loops import (
     COUNTER,
     GRADIENT,
@@ -53,6 +53,7 @@ from sublens.kernels.packing import (
     SHARE,
     STAYS_PACKED,
     THREAD,
+    TILED,
     TURNED,
     WIDE,
     add_to_rows,
@@ -62,13 +63,16 @@ from sublens.kernels.packing import (
     panel_of_rows,
     rectify,
     round_all,
+    round_row,
     rows_of,
     stop,
+    whole,
 )
 from sublens.kernels.product import (
     AHEAD,
     AT_ONCE,
     COLUMN,
+    EACH,
     EVERY,
     JUMP,
     LEFT,
@@ -76,23 +80,18 @@ from sublens.kernels.product import (
     OTHER,
     PER_ROW,
     fetch_rest,
+    fetch_some,
     product,
     product_of,
 )
-from sublens.kernels.vector import (
-    GROUP,
-    LINE,
-    REGISTER,
-    WIDTH,
-    pointer,
-    take,
-    written,
-)
+from sublens.kernels.tiles import SIDE, close_tiles, open_tiles, tile_product
+from sublens.kernels.vector import LINE, REGISTER, pointer, take, written
 from sublens.noise import PATTERNS, TILE
 
 # A product works on a block of ROWS x COLUMNS weights. Its tables, the masked weights of two samples, the inputs of 128
 # rows and the sums of their gradient fill a second-level cache of 512 KiB.
 ROWS, COLUMNS = 48, 256
+TILED_ROWS = 64  # with tiles: whole ones also where a block's rows are summed over
 _PITCH = COLUMNS + 16  # of a block's rows: not a power of two, or the rows would fight for the same lines of the cache
 _DRAWN = COLUMNS + 2 * TILE  # draws of a row: whole tiles, so more than the row at both ends
 _SLICE, _STRIP = 96, 24  # columns whose masked weights stay in the first-level cache, forward and backward
@@ -106,9 +105,9 @@ _reduced_by_pieces = product_of(PANEL // REGISTER, reduced=True)
 
 @loop(*[INT] * 6, WORDS)
 def _look_ahead(state: Any, top: Any, left: Any, rows: Any, size: Any, steps: Any, p: Any) -> None:
-    """Let products fetch the weights and logits of a block, spread over the ``steps`` that they take until then."""
+    """Let the weights and logits of a block be fetched, spread over ``steps``: of products or, with tiles, of rows."""
     ahead = carray(pointer(state), (AHEAD,), i64)
-    ahead[LEFT] = 0
+    ahead[LEFT] = ahead[EACH] = 0
     if rows <= 0 or size <= 0:
         return
     at = 4 * (top * p[ACROSS] + left)
@@ -116,6 +115,8 @@ def _look_ahead(state: Any, top: Any, left: Any, rows: Any, size: Any, steps: An
     ahead[LEFT], ahead[COLUMN], ahead[PER_ROW] = rows * lines, 0, lines
     ahead[JUMP] = 4 * p[ACROSS] - (lines - 1) * LINE
     ahead[EVERY] = 1
+    if p[TILED] == 1:
+        ahead[EACH] = (rows * lines + steps - 1) // steps
     while 2 * ahead[EVERY] * rows * lines <= steps:
         ahead[EVERY] *= 2
     ahead[ONE], ahead[OTHER] = p[WEIGHT] + at, p[LOGITS] + at
@@ -123,15 +124,15 @@ def _look_ahead(state: Any, top: Any, left: Any, rows: Any, size: Any, steps: An
 
 # Scratch of a thread, in bytes from its beginning.
 _ODDS = 0
-_TOTAL = _ODDS + 4 * ROWS * _PITCH
-_BLOCK = _TOTAL + 4 * ROWS * _PITCH
-_APART = 4 * ROWS * _PITCH  # from the masked weights of a sample to those of the other one of its pair
+_TOTAL = _ODDS + 4 * TILED_ROWS * _PITCH
+_BLOCK = _TOTAL + 4 * TILED_ROWS * _PITCH
+_APART = 4 * TILED_ROWS * _PITCH  # from the masked weights of a sample to those of the other one of its pair
 _TILES = _BLOCK + 2 * _APART
-_LIMITS = _TILES + 2 * 4 * ROWS * PANEL
-_DRAWS = _LIMITS + 2 * ROWS * _PITCH
-_HALVES = _DRAWS + 2 * ROWS * _DRAWN  # weights in bfloat16
-_OF_WEIGHT = _HALVES + 2 * ROWS * _PITCH
-_AHEAD = _OF_WEIGHT + 4 * ROWS * _PITCH
+_LIMITS = _TILES + 2 * 4 * TILED_ROWS * PANEL
+_DRAWS = _LIMITS + 2 * TILED_ROWS * _PITCH
+_HALVES = _DRAWS + 2 * TILED_ROWS * _DRAWN  # weights in bfloat16
+_OF_WEIGHT = _HALVES + 2 * TILED_ROWS * _PITCH
+_AHEAD = _OF_WEIGHT + 4 * TILED_ROWS * _PITCH
 MORE = (_AHEAD + 8 * AHEAD + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
 """Bytes that are the same for any layer. Then come the outputs of a block of ROWS rows, or the inputs of WIDE columns
 and their gradient: for each row of the chunks' pieces ROWS numbers, or twice WIDE."""
@@ -165,27 +166,15 @@ def _draw_block(scratch: Any, pair: Any, top: Any, left: Any, rows: Any, size: A
         draw(waiting, number, 1, pair, low, high, k0, k1, k2, k3)
 
 
-@njit(types.int64(INT), error_model="numpy", cache=True, nogil=True)
-def _whole(size: Any) -> Any:
-    """The next multiple of GROUP."""
-    return (size + GROUP - 1) // GROUP * GROUP
-
-
-@loop(*[INT] * 5, WORDS)
-def _round_block(scratch: Any, top: Any, left: Any, rows: Any, size: Any, p: Any) -> None:
-    """Weights of a block in bfloat16: an even number of rows, of whole groups, filled up with zeros."""
-    for r in range(rows + rows % 2):
-        out = scratch + _HALVES + 2 * r * _PITCH
-        done = size - size % WIDTH if r < rows else 0
-        fill(out + 2 * done, (_whole(size) - done) // 2, f32(0.0))
+@loop(*[INT] * 6, WORDS)
+def _round_block(scratch: Any, top: Any, left: Any, rows: Any, size: Any, filled: Any, p: Any) -> None:
+    """Weights of a block in bfloat16, of whole groups, and zeros up to ``filled`` rows."""
+    for r in range(rows):
+        fetch_some(scratch + _AHEAD)
         weight = p[WEIGHT] + 4 * ((top + r) * p[ACROSS] + left)
-        rounded_of(out, weight, done)
-        if r < rows and done < size:
-            last = carray(pointer(scratch + _BLOCK), (WIDTH,), f32)
-            w = carray(pointer(weight + 4 * done), (size - done,), f32)
-            for j in range(WIDTH):
-                last[j] = w[j] if j < size - done else f32(0.0)
-            rounded_of(out + 2 * done, scratch + _BLOCK, WIDTH)
+        round_row(scratch + _HALVES + 2 * r * _PITCH, weight, size, scratch + _BLOCK)
+    for r in range(rows, filled):
+        fill(scratch + _HALVES + 2 * r * _PITCH, whole(size) // 2, f32(0.0))
 
 
 @njit(types.int64(*[INT] * 4, WORDS), error_model="numpy", cache=True, nogil=True)
@@ -204,8 +193,9 @@ def _mask_block(
     """
     if p[IN_WORD] == 2:
         for k in range(together):
-            pattern, out, count = PATTERNS[(sample + k) % PAIR], scratch + _BLOCK + k * _APART, _whole(size)
+            pattern, out, count = PATTERNS[(sample + k) % PAIR], scratch + _BLOCK + k * _APART, whole(size)
             for r in range(0, rows, 1 + down):
+                fetch_some(scratch + _AHEAD)
                 drawn, at = _draws_of(scratch, top, r, left, p), 2 * r * _PITCH
                 halves, limits = scratch + _HALVES + at, scratch + _LIMITS + at
                 if down == 1:
@@ -224,40 +214,51 @@ def _mask_block(
             mask(out, weight, drawn, limits, PATTERNS[sample % PAIR], size)
 
 
+@njit(types.int64(WORDS), error_model="numpy", cache=True, nogil=True)
+def _tall(p: Any) -> Any:
+    """Rows of a block."""
+    return TILED_ROWS if p[TILED] == 1 else ROWS
+
+
 @njit(types.int64(INT, INT, INT, WORDS), error_model="numpy", cache=True, nogil=True)
 def _sums_of(room: Any, piece: Any, top: Any, p: Any) -> Any:
     """Where a block's sums for a piece are: in the scratch, or where packed outputs stay."""
     if p[STAYS_PACKED] == 1:
         return p[GRADIENT] + 4 * (piece * p[HEIGHT] + top) * p[LENGTH]
-    return room + 4 * piece * ROWS * p[LENGTH]
+    return room + 4 * piece * _tall(p) * p[LENGTH]
 
 
 @loop(WORDS)
 def _forward(p: Any) -> None:
     height, across, samples, wide = p[HEIGHT], p[ACROSS], p[SAMPLES], p[WIDE]
     chunk, pieces, length, in_word = p[CHUNK_ROWS], p[PIECES], p[LENGTH], p[IN_WORD]
-    words = (across + in_word - 1) // in_word
+    words, tall = across if in_word == 1 else whole(across) // 2, _tall(p)
     scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
     sums, ahead = scratch + MORE, scratch + _AHEAD
+    if p[TILED] == 1:
+        open_tiles()
     if p[COMES_PACKED] == 0:
         pack(p[INPUTS], across, scratch + _TOTAL, p)
     while True:
-        top = take(p.ctypes.data, 1) * ROWS
+        top = take(p.ctypes.data, 1) * tall
         if top >= height:
             break
-        rows = min(ROWS, height - top)
+        rows = min(tall, height - top)
         for left in range(0, across, wide):
             size = min(wide, across - left)
             next_top, next_left = top, left + wide
             if next_left >= across:  # what this thread takes next, unless another one is faster
-                next_top, next_left = take(p.ctypes.data, 0) * ROWS, 0
+                next_top, next_left = take(p.ctypes.data, 0) * tall, 0
             next_size = min(wide, across - next_left) if next_top < height else 0
             steps = rows * size * samples * pieces * length // (AT_ONCE * in_word)
-            _look_ahead(ahead, next_top, next_left, min(ROWS, height - next_top), next_size, steps, p)
+            if p[TILED] == 1:  # thresholds, and rounded and masked weights
+                steps = (2 + samples) * rows
+            _look_ahead(ahead, next_top, next_left, min(tall, height - next_top), next_size, steps, p)
             for r in range(rows):
+                fetch_some(ahead)
                 gates(scratch + _LIMITS + 2 * r * _PITCH, 0, p[LOGITS] + 4 * ((top + r) * across + left), size)
             if in_word == 2:
-                _round_block(scratch, top, left, rows, size, p)
+                _round_block(scratch, top, left, rows, size, rows, p)
             i = 0
             while i < samples:
                 sample = p[COUNTER] + i
@@ -265,7 +266,11 @@ def _forward(p: Any) -> None:
                     _draw_block(scratch, sample // PAIR, top, left, rows, size, p)
                 together = 2 if sample % 2 == 0 and i + 1 < samples else 1
                 _mask_block(scratch, sample, together, top, left, rows, size, 0, p)
-                for k in range(together):
+                for piece in range(i * pieces, (i + together) * pieces if p[TILED] == 1 else 0):
+                    masked = scratch + _BLOCK + (piece // pieces - i) * _APART
+                    x, y = p[PACKED] + 4 * (piece * words + left // 2) * length, _sums_of(sums, piece, top, p)
+                    tile_product(rows, length, masked, _PITCH, 0, x, length, 0, y, length, size, 1, i64(left == 0))
+                for k in range(0 if p[TILED] == 1 else together):
                     for c in range(0, size, _SLICE):
                         deep = (min(_SLICE, size - c) + in_word - 1) // in_word
                         for part in range(pieces):
@@ -293,6 +298,8 @@ def _forward(p: Any) -> None:
                     round_all(columns, rows * length)
                 if p[STAYS_PACKED] == 0:
                     rows_of(columns, length, y, height, min(length, chunk - first), rows)
+    if p[TILED] == 1:
+        close_tiles()
 
 
 @njit(types.int64(*[INT] * 4, WORDS), error_model="numpy", cache=True, nogil=True)
@@ -307,12 +314,15 @@ def _of_columns(room: Any, piece: Any, left: Any, size: Any, p: Any) -> Any:
 def _backward(p: Any) -> None:
     height, across, samples, wide = p[HEIGHT], p[ACROSS], p[SAMPLES], p[WIDE]
     chunk, pieces, length, in_word = p[CHUNK_ROWS], p[PIECES], p[LENGTH], p[IN_WORD]
-    whole, deep, words = pieces * length, length // in_word, (height + in_word - 1) // in_word
+    of_chunk, deep, tall = pieces * length, length // in_word, _tall(p)
+    words, filling = height if in_word == 1 else whole(height) // 2, SIDE if p[TILED] == 1 else in_word
     scratch = p[SCRATCH] + take(p.ctypes.data + 8 * THREAD, 1) * p[SHARE]
     inputs = scratch + MORE
-    of_inputs = inputs + 4 * samples * whole * wide
+    of_inputs = inputs + 4 * samples * of_chunk * wide
     odds, limits, total = scratch + _ODDS, scratch + _LIMITS, scratch + _TOTAL
     tiles, of_weight, ahead = scratch + _TILES, scratch + _OF_WEIGHT, scratch + _AHEAD
+    if p[TILED] == 1:
+        open_tiles()
     if p[COMES_PACKED] == 0:
         pack(p[GRADIENT], height, total, p)
     while True:
@@ -324,30 +334,34 @@ def _backward(p: Any) -> None:
         for k in range(samples):
             for c in range(0, size, PANEL):
                 x = p[INPUTS] + 4 * (k * chunk * across + left + c)
-                panel = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
+                panel = inputs + 4 * (k * panels + c // PANEL) * of_chunk * PANEL
                 if in_word == 2:
-                    paired_panel(x, across, panel, chunk, whole, min(PANEL, size - c), tiles)
+                    paired_panel(x, across, panel, chunk, of_chunk, min(PANEL, size - c), tiles)
                 elif p[STAYS_PACKED] == 0:
-                    panel_of_rows(x, across, panel, chunk, whole, min(PANEL, size - c))
+                    panel_of_rows(x, across, panel, chunk, of_chunk, min(PANEL, size - c))
                 else:
                     for part in range(pieces):
                         first = part * length
                         x = p[INPUTS] + 4 * ((k * pieces + part) * across + left + c) * length
                         room = panel + 4 * first * PANEL
                         panel_of_columns(x, length, room, min(length, chunk - first), min(PANEL, size - c))
-        for top in range(0, height, ROWS):
-            rows = min(ROWS, height - top)
+        for top in range(0, height, tall):
+            rows = min(tall, height - top)
+            filled = (rows + filling - 1) // filling * filling
+            products = 1 if p[OF_INPUTS] == 0 else 2
+            steps = products * rows * size * samples * of_chunk // (AT_ONCE * in_word)
+            if p[TILED] == 1:  # thresholds, and rounded and folded weights
+                steps = (2 + panels * ((samples + 1) // 2)) * rows
+            _look_ahead(ahead, top + tall, left, min(tall, height - top - tall), size, steps, p)
             for r in range(rows):
+                fetch_some(ahead)
                 element = (top + r) * across + left
                 gates(limits + 2 * r * _PITCH, odds + 4 * r * _PITCH, p[LOGITS] + 4 * element, size)
             if in_word == 2 and p[OF_INPUTS] != 0:
-                _round_block(scratch, top, left, rows, size, p)
+                _round_block(scratch, top, left, rows, size, filled, p)
             fill(total, rows * _PITCH, f32(0.0))
             if p[OF_WEIGHT] != 0:
                 fill(of_weight, rows * _PITCH, f32(0.0))
-            products = 1 if p[OF_INPUTS] == 0 else 2
-            steps = products * rows * size * samples * whole // (AT_ONCE * in_word)
-            _look_ahead(ahead, top + ROWS, left, min(ROWS, height - top - ROWS), size, steps, p)
             i = 0
             while i < samples:
                 sample = p[COUNTER] + i
@@ -357,9 +371,12 @@ def _backward(p: Any) -> None:
                 for c in range(0, size, PANEL):
                     for k in range(i, i + together):
                         g = p[TURNED] + 4 * (k * pieces * height + top) * deep
-                        x = inputs + 4 * (k * panels + c // PANEL) * whole * PANEL
-                        tile = tiles + 4 * (k - i) * ROWS * PANEL
-                        if in_word == 2:
+                        x = inputs + 4 * (k * panels + c // PANEL) * of_chunk * PANEL
+                        tile = tiles + 4 * (k - i) * TILED_ROWS * PANEL
+                        if p[TILED] == 1:
+                            tile_product(rows, PANEL, g, deep, height * deep, x, PANEL, deep * PANEL, tile, PANEL,
+                                         length, pieces, 1)  # fmt: skip
+                        elif in_word == 2:
                             _reduced_by_pieces(rows, g, 1, deep, height * deep, x, PANEL,
                                                deep * PANEL, tile, PANEL, deep, pieces, 1, ahead)  # fmt: skip
                         else:
@@ -368,22 +385,29 @@ def _backward(p: Any) -> None:
                     # Of a panel beyond the weight's last column the rest is computed too, from whatever the tables
                     # hold there, and never read.
                     for r in range(rows):
+                        if p[TILED] == 1:
+                            fetch_some(ahead)
                         drawn = _draws_of(scratch, top, r, left, p) + 2 * c
                         at, tile = 4 * (r * _PITCH + c), tiles + 4 * r * PANEL
                         if together == 2:
-                            other = tile + 4 * ROWS * PANEL
+                            other = tile + 4 * TILED_ROWS * PANEL
                             fold_pair_of(total + at, tile, other, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
                         else:
                             fold_of(total + at, tile, drawn, odds + at, PATTERNS[sample % PAIR], PANEL)
                         if p[OF_WEIGHT] != 0:  # it is that of the masked weights where they are open
                             limit = limits + 2 * (r * _PITCH + c)
                             for k in range(together):
-                                own, pattern = tile + 4 * k * ROWS * PANEL, PATTERNS[(sample + k) % PAIR]
+                                own, pattern = tile + 4 * k * TILED_ROWS * PANEL, PATTERNS[(sample + k) % PAIR]
                                 masked_of(own, own, drawn, limit, pattern, PANEL)
                                 _accumulate(of_weight + at, own, PANEL)
                 if p[OF_INPUTS] != 0:
-                    _mask_block(scratch, sample, together, top, left, rows, size, 1, p)
-                    for k in range(i, i + together):
+                    _mask_block(scratch, sample, together, top, left, filled if in_word == 2 else rows, size, 1, p)
+                    for piece in range(i * pieces, (i + together) * pieces if p[TILED] == 1 else 0):
+                        g = p[PACKED] + 4 * (piece * length * words + top // 2)
+                        masked = scratch + _BLOCK + (piece // pieces - i) * _APART
+                        x = of_inputs + 4 * piece * length * wide
+                        tile_product(length, size, g, words, 0, masked, _PITCH, 0, x, wide, rows, 1, i64(top == 0))
+                    for k in range(i, i if p[TILED] == 1 else i + together):
                         for c in range(0, size, _STRIP):
                             for part in range(pieces):
                                 piece = k * pieces + part
@@ -409,6 +433,15 @@ def _backward(p: Any) -> None:
                 for first in range(0, chunk, length):
                     at, many = 4 * ((i * chunk + first) * across + left), min(length, chunk - first)
                     piece = i * pieces + first // length
+                    if p[TILED] == 1:
+                        x = of_inputs + 4 * piece * length * wide
+                        if p[ROUNDED] == 1:
+                            round_all(x, many * wide)
+                        for r in range(many):
+                            copy(p[OF_INPUTS] + at + 4 * r * across, x + 4 * r * wide, size)
+                        if p[RECTIFIED] == 1:
+                            stop(p[OF_INPUTS] + at, p[INPUTS] + at, across, many, size)
+                        continue
                     columns = _of_columns(of_inputs, piece, left, size, p)
                     if p[ROUNDED] == 1:
                         round_all(columns, size * length)
@@ -421,6 +454,8 @@ def _backward(p: Any) -> None:
                     if p[RECTIFIED] == 1:
                         stop(p[OF_INPUTS] + at, p[INPUTS] + at, across, many, size)
     written()
+    if p[TILED] == 1:
+        close_tiles()
 
 
 @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)

@@ -6,10 +6,10 @@ that of the weight gradient reads panels of PANEL columns, row by row.
 
 from typing import Any
 
-from numba import carray
+from numba import carray, njit, types
 
 from sublens.kernels.halves import paired_of, rounded_of
-from sublens.kernels.loops import INT, SAMPLES, WORDS, f32, fill, i32, loop
+from sublens.kernels.loops import INT, SAMPLES, WORDS, copy, f32, fill, i32, loop
 from sublens.kernels.vector import GROUP, WIDTH, as_float, as_word, pointer, take, transpose, wait
 
 PANEL = GROUP  # columns of the inputs' layout for the weight gradient
@@ -17,8 +17,8 @@ _AT_A_TIME = 4 * PANEL  # columns that are packed at a time: rows so long that t
 
 INPUTS, SCRATCH, THREAD, OF_INPUTS = 3, 6, 7, 9
 HEIGHT, ACROSS, CHUNK_ROWS, PIECES, LENGTH, WIDE, FIRST, SHARE, BIAS, PACKED, PACKING, DONE = range(17, 29)
-TURNED, IN_WORD, RECTIFIED, ROUNDED, OF_WEIGHT, COMES_PACKED, STAYS_PACKED = range(29, 36)
-LINEAR_FIELDS = 36
+TURNED, IN_WORD, RECTIFIED, ROUNDED, OF_WEIGHT, COMES_PACKED, STAYS_PACKED, TILED = range(29, 37)
+LINEAR_FIELDS = 37
 """Beside those of :mod:`sublens.kernels.loops`. INPUTS and GRADIENT are addresses of what comes in and goes out, and
 OF_INPUTS of the former's gradient, or 0; SCRATCH is that of SHARE bytes for each thread, THREAD the next thread's
 number. The weight is HEIGHT x ACROSS, the rows of a parameter from FIRST on, each sample's chunk is CHUNK_ROWS rows in
@@ -30,7 +30,8 @@ neighbours in a column (the same ones, if IN_WORD is 1), or 0. RECTIFIED is 1 wh
 or comes before it (backward), else 0. ROUNDED is 1 where outputs (forward), or the gradient of the inputs (backward),
 are rounded to numbers that bfloat16 has, else 0. OF_WEIGHT is the address of the weight's gradient, or 0. COMES_PACKED
 is 1 where what is put in another order first comes in that order, at PACKED, and STAYS_PACKED where outputs are written
-in it (forward), or INPUTS come and OF_INPUTS are written in it (backward); neither with words of two."""
+in it (forward), or INPUTS come and OF_INPUTS are written in it (backward); neither with words of two. TILED is 1 where
+products of words of two are made by :mod:`sublens.kernels.tiles`: LENGTH and WIDE are multiples of SIDE then."""
 
 
 @loop(INT, INT, INT, INT, INT, INT)
@@ -47,12 +48,30 @@ def turn(source: Any, source_r: Any, target: Any, target_r: Any, rows: Any, colu
             t[c * target_r + r] = s[r * source_r + c]
 
 
+@njit(types.int64(INT), error_model="numpy", cache=True, nogil=True)
+def whole(size: Any) -> Any:
+    """The next multiple of GROUP."""
+    return (size + GROUP - 1) // GROUP * GROUP
+
+
+@loop(*[INT] * 4)
+def round_row(out: Any, numbers: Any, size: Any, room: Any) -> None:
+    """Write ``size`` numbers in bfloat16, filled up to whole groups with zeros; ``room`` is for a group."""
+    done = size - size % GROUP
+    rounded_of(out, numbers, done)
+    if done < size:
+        fill(room, GROUP, f32(0.0))
+        copy(room, numbers + 4 * done, size - done)
+        rounded_of(out + 2 * done, room, GROUP)
+
+
 @loop(INT, INT, INT, WORDS)
 def pack(source: Any, width: Any, room: Any, p: Any) -> None:
     """Put (chunk, row, column) in the order (chunk, piece, column, row of the piece), rows filled up with zeros.
 
-    Of two in a word, columns follow each other at PACKED, rows at TURNED; ``room`` is for PANEL columns of a piece. The
-    threads share the work, and each comes back when all of it is done.
+    Of two in a word, columns follow each other at PACKED, filled up with zeros to whole groups, and rows at TURNED; if
+    tiles multiply gradients, those at PACKED stay in the order (chunk, piece, row of the piece, column). ``room`` is
+    for PANEL columns of a piece. The threads share the work, and each comes back when all of it is done.
     """
     chunk, pieces, length = p[CHUNK_ROWS], p[PIECES], p[LENGTH]
     most = PANEL if p[IN_WORD] == 2 else _AT_A_TIME  # at a time
@@ -72,13 +91,20 @@ def pack(source: Any, width: Any, room: Any, p: Any) -> None:
         if rows > 0:
             turn(source + 4 * ((piece // pieces * chunk + first) * width + c), width, target, length, rows, size)
         if p[IN_WORD] == 2:
-            if size % 2 == 1:
-                fill(room + 4 * size * length, length, f32(0.0))
-            words = p[PACKED] + 4 * (piece * ((width + 1) // 2) + c // 2) * length
-            for j in range(0, size, 2):
-                paired_of(words + 2 * j * length, room + 4 * j * length, room + 4 * (j + 1) * length, length)
             if p[TURNED] != 0:
                 rounded_of(p[TURNED] + 2 * (piece * width + c) * length, room, size * length)
+            if p[TURNED] != 0 and p[TILED] == 1:
+                for r in range(length):
+                    row = p[PACKED] + 2 * ((piece * length + r) * whole(width) + c)
+                    if r < rows:
+                        round_row(row, source + 4 * ((piece // pieces * chunk + first + r) * width + c), size, room)
+                    else:
+                        fill(row, PANEL // 2, f32(0.0))
+            else:
+                fill(room + 4 * size * length, (PANEL - size) * length, f32(0.0))
+                words = p[PACKED] + 2 * (piece * whole(width) + c) * length
+                for j in range(0, PANEL, 2):
+                    paired_of(words + 2 * j * length, room + 4 * j * length, room + 4 * (j + 1) * length, length)
         take(p.ctypes.data + 8 * DONE, 1)
     wait(p.ctypes.data + 8 * DONE, units)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from sublens.kernels.halves import summed
@@ -22,6 +22,7 @@ from sublens.kernels.vector import (
     REGISTER,
     integer,
     load,
+    pointer,
     prefetch,
     spread,
     store,
@@ -36,12 +37,13 @@ KEEPS_UP_WITH_FEW = CPU in ("sapphirerapids", "emeraldrapids") and REGISTER == 1
 """Whether it is so with one sample and with two: up to a third faster for large weights. With more, sizes decide."""
 
 
-LEFT, COLUMN, PER_ROW, JUMP, EVERY, ONE, OTHER = range(7)
-AHEAD = 7
+LEFT, COLUMN, PER_ROW, JUMP, EVERY, ONE, OTHER, EACH = range(8)
+AHEAD = 8
 """Lines of the cache that products fetch as they go, as AHEAD int64 in memory: LEFT lines of each of two arrays of the
 same layout, from the addresses ONE and OTHER on. A row has PER_ROW of them, of which COLUMN are done, and the next
 row's first line is JUMP bytes after a row's last one. One of each array is fetched in steps 0, EVERY, 2 EVERY, ... of a
-product; EVERY is a power of two. Many at once would fill the buffers that the product's own operands need, too."""
+product; EVERY is a power of two. Where products are too short for that, other loops fetch EACH of them at a time. Many
+at once would fill the buffers that the product's own operands need, too."""
 
 
 def _emit_ahead(b: Any, state: Any, t: Any) -> None:
@@ -67,23 +69,27 @@ def _emit_ahead(b: Any, state: Any, t: Any) -> None:
 
 
 @intrinsic
-def fetch_rest(typingctx: Any, state: Any) -> Any:
-    """Fetch what is left, at once."""
-
+def _fetch(typingctx: Any, state: Any) -> Any:
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        (state,) = args
-        left = b.inttoptr(b.add(state, integer(8 * LEFT)), I64.as_pointer())
-        loop, body, after = (b.append_basic_block(name) for name in ("rest", "line", "rested"))
-        b.branch(loop)
-        b.position_at_end(loop)
-        b.cbranch(b.icmp_signed(">", b.load(left), integer(0)), body, after)
-        b.position_at_end(body)
-        _emit_ahead(b, state, integer(0))
-        b.branch(loop)
-        b.position_at_end(after)
+        _emit_ahead(b, args[0], integer(0))
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@njit(error_model="numpy", nogil=True)
+def fetch_some(state: Any) -> None:
+    """Fetch EACH lines of each array, or what is left."""
+    ahead = carray(pointer(state), (AHEAD,), types.int64)
+    for _ in range(min(ahead[EACH], ahead[LEFT])):
+        _fetch(state)
+
+
+@njit(error_model="numpy", nogil=True)
+def fetch_rest(state: Any) -> None:
+    """Fetch what is left, at once."""
+    for _ in range(carray(pointer(state), (AHEAD,), types.int64)[LEFT]):
+        _fetch(state)
 
 
 def _emit_panel(b: Any, rows: int, vectors: int, apart: int, reduced: bool, args: Sequence[Any]) -> None:

@@ -241,8 +241,13 @@ def _lstm(
         if any(part.dtype not in (torch.float32, asked) for part in (x, *state)):
             raise NotLinearError(f"an input of {x.dtype} under autocast to {asked}")
         first = next(weight for weight in weights if type(weight) is GatedWeight)
-        if first.source.chunks == 1 and asked == torch.bfloat16 and blocked.multiplies_bfloat16():
+        reduced = asked == torch.bfloat16 and blocked.multiplies_bfloat16()
+        if first.source.chunks == 1 and reduced:
             raise NotLinearError("one sample on a processor where PyTorch's own layer is faster in bfloat16")
+        weights = [
+            GatedWeight._of(replace(weight.source, reduced=reduced)) if type(weight) is GatedWeight else weight
+            for weight in weights
+        ]
         rest = (weights, has_biases, layers, dropout, train, bidirectional, batch_first)
         with torch.autocast("cpu", enabled=False):
             y, h, c = _lstm(x.float(), [part.float() for part in state], *rest)

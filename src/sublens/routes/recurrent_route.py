@@ -33,6 +33,10 @@ class Source(Protocol):
     def draw(self) -> Draw:
         """Names the first sample."""
 
+    @property
+    def reduced(self) -> bool:
+        """Whether to multiply what comes in, and for the weights' gradients, in bfloat16."""
+
 
 def lstm(
     x: Tensor, state: Sequence[Tensor], sources: Sequence[Source], biases: Sequence[Tensor], directions: int
@@ -107,7 +111,7 @@ class _Layer(torch.autograd.Function):
         size = on.weight.shape[1]
         x, h, c = (tensor.contiguous() for tensor in (x, h, c))
         rows = x.view(samples, steps * m, -1)
-        came = blocked.forward(rows, into.weight, logits_in.detach(), into.draw, bias=bias)
+        came = blocked.forward(rows, into.weight, logits_in.detach(), into.draw, bias=bias, reduced=into.reduced)
         came = came.view(samples, steps, m, 4 * size)
         gates = x.new_empty(steps, samples, m, 4 * size)
         cells, outputs = x.new_empty(steps + 1, samples, m, size), x.new_empty(steps + 1, samples, m, size)
@@ -147,11 +151,13 @@ class _Layer(torch.autograd.Function):
         first = 1 if ctx.rested else 0  # step from which on something came from the one before
         if steps > first:
             rows, before = _by_sample(of_gates[first:]), _by_sample(outputs[first:-1])
-            _, of_on = blocked.backward(rows, before, on.weight, logits_on, on.draw, wants_x=False)
+            _, of_on = blocked.backward(rows, before, on.weight, logits_on, on.draw, wants_x=False, reduced=on.reduced)
         else:
             of_on = torch.zeros_like(logits_on)
         rows, came = _by_sample(of_gates), x.view(samples, steps * m, -1)
-        of_x, of_into = blocked.backward(rows, came, into.weight, logits_in, into.draw, wants_x=ctx.needs_input_grad[0])
+        of_x, of_into = blocked.backward(
+            rows, came, into.weight, logits_in, into.draw, wants_x=ctx.needs_input_grad[0], reduced=into.reduced
+        )
         return None if of_x is None else of_x.view(x.shape), of_first, of_c, of_into, of_on, None, None, None
 
 
