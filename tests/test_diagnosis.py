@@ -210,6 +210,10 @@ PENALTIES: dict[str, Any] = {
         1e-4 * sum(torch.sigmoid(x - 2 / 3 * math.log(0.1 / 1.1)).sum() for x in logits.values())
     ),
     "target": lambda logits: (torch.cat([x.flatten() for x in logits.values()]).sigmoid().mean() - 0.95) ** 2,
+    "logarithm": lambda logits: 1e-4 * sum(F.logsigmoid(logit).sum() for logit in logits.values()),
+    "logarithm of all": lambda logits: 1e-4 * torch.cat([x.flatten() for x in logits.values()]).sigmoid().log().sum(),
+    "bounded logarithm": lambda logits: -1e-4 * sum(F.logsigmoid(-logit).sum() for logit in logits.values()),
+    "entropy": lambda logits: -1e-4 * sum((x.sigmoid() * F.logsigmoid(x)).sum() for x in logits.values()),
     "square": lambda logits: 1e-4 * sum(logit.square().sum() for logit in logits.values()),
     "hinge": lambda logits: F.relu(0.99 - torch.cat([x.flatten() for x in logits.values()]).sigmoid().mean()),
     "L1": lambda logits: 1e-4 * sum(logit.abs().sum() for logit in logits.values()) / 7,
@@ -751,7 +755,15 @@ def test_detached_penalty_beside_a_task_that_cannot_be_worked_out_is_a_note() ->
 
 @pytest.mark.parametrize(
     ("penalty", "expected"),
-    [("none", []), ("paper", ["penalty-unbounded"]), ("expected", []), ("target", ["penalty-opens-now"])],
+    [
+        ("none", []),
+        ("paper", ["penalty-unbounded"]),
+        ("logarithm", ["penalty-unbounded"]),
+        ("logarithm of all", ["penalty-unbounded"]),
+        ("bounded logarithm", []),
+        ("expected", []),
+        ("target", ["penalty-opens-now"]),
+    ],
 )
 def test_notes_on_penalties(penalty: str, expected: list[str]) -> None:
     loop = Loop(penalty=PENALTIES[penalty])
@@ -769,6 +781,10 @@ def test_notes_on_optimizers() -> None:
 
 def test_probability_taken_for_a_logit_is_a_note() -> None:
     assert notes(*step_of(Loop(start=0.9))) == ["probability-as-logit"]
+    loop = Loop(start=0.9)
+    for logit in loop.logits.values():
+        logit.data += 0.02 * torch.randn_like(logit)
+    assert notes(*step_of(loop)) == ["probability-as-logit"]
 
 
 def test_a_few_saturated_logits_are_a_note() -> None:

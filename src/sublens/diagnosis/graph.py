@@ -155,6 +155,7 @@ class Term:
         penalty: whether it is made of logits alone, by sums and elementwise functions, with no data and no weights.
         linear: a penalty that is linear in the logits, and so has no lower bound.
         monotone: a penalty that only ever pushes in one direction, wherever the logits are.
+        logarithms: the operations that take logarithms of keep probabilities, if the penalty is linear in these.
     """
 
     edge: Edge
@@ -162,6 +163,7 @@ class Term:
     penalty: bool
     linear: bool
     monotone: bool
+    logarithms: tuple[Node, ...] = ()
 
 
 def terms_of(graph: Graph) -> tuple[list[Term], int, bool]:
@@ -239,6 +241,8 @@ def _number(value: Any) -> float | None:
 
 def _classify(graph: Graph, edge: Edge, coefficient: float) -> Term:
     penalty, linear, monotone = graph.reach(edge) != 0, True, True
+    logarithms: list[Node] = []
+    of_logarithms = True
     for node in graph.below(edge):
         name = kind(node)
         if name == "Accumulate":
@@ -247,15 +251,23 @@ def _classify(graph: Graph, edge: Edge, coefficient: float) -> Term:
         elif name in ("Mul", "Div"):
             lone, other = _multiplied(node)
             penalty = penalty and other <= 1
-            linear, monotone = linear and lone, monotone and lone
+            linear, monotone, of_logarithms = linear and lone, monotone and lone, of_logarithms and lone
         elif name not in LINEAR:
             shape = shape_of((node, 0))
             hinge = name in _HINGES and shape is not None and shape.numel() == 1  # a target for the whole: no direction
             penalty = penalty and (name in _MONOTONE or name in _OTHER_PENALTIES)
             linear, monotone = False, monotone and name in _MONOTONE and not hinge
+            if name == "LogSigmoid" or (name == "Log" and _operand(node) == "Sigmoid"):
+                logarithms.append(node)
+            of_logarithms = of_logarithms and name in ("LogSigmoid", "Log", "Sigmoid")
         if not penalty:
             return Term(edge, coefficient, False, False, False)
-    return Term(edge, coefficient, penalty, linear, monotone)
+    return Term(edge, coefficient, penalty, linear, monotone, tuple(logarithms) if of_logarithms else ())
+
+
+def _operand(node: Node) -> str:
+    operands = edges(node)
+    return kind(operands[0][0]) if operands and operands[0] is not None else ""
 
 
 def _multiplied(node: Node) -> tuple[bool, int]:

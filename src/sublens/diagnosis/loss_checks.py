@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from sublens.diagnosis.findings import Finding
-from sublens.diagnosis.graph import Graph, Term, gradient_at, terms_of
+from sublens.diagnosis.graph import Graph, Term, gradient_at, kind, saved, terms_of
 from sublens.diagnosis.inputs import listed, shapes
 from sublens.diagnosis.replay import Replay
 
@@ -264,18 +265,35 @@ def _penalty_direction(reading: LossReading, logits: Mapping[str, Tensor], orien
             )
         )
     elif any(term.linear for term in reading.penalties):
-        reading.notes.append(
-            Finding(
-                "penalty-unbounded",
-                "The penalty is linear in the logits, so it has no lower bound.",
-                "It goes on pushing gates that are shut already. Beyond about -15 a float32 gate gets no gradient "
-                "from the task and cannot come back, and the loss runs to minus infinity. (Where something bounds "
-                "the logits, as in sublens.MaskedNetwork, that cannot happen.)",
-                "Bound the logits after each step, or count kept weights instead:\n"
-                "    with torch.no_grad(): logit.clamp_(-10, 10)\n"
-                "    penalty = alpha * sum(torch.sigmoid(logit).sum() for logit in logits)",
-            )
-        )
+        reading.notes.append(_unbounded("is linear in the logits"))
+    elif any(
+        orientation * _rise(reading.graph, node, logits) > 0 for term in reading.penalties for node in term.logarithms
+    ):
+        reading.notes.append(_unbounded("takes logarithms of keep probabilities, which fall without end"))
+
+
+def _rise(graph: Graph, node: Node, logits: Mapping[str, Tensor]) -> float:
+    """Above zero if a logarithm of probabilities rises with the logits, in whichever order; zero if not known."""
+    kept, known = saved(node, "self"), [logits[name] for name in graph.bits(graph.reach((node, 0)))]
+    values = torch.cat([logit.detach().flatten().double() for logit in known]).sort().values
+    if not isinstance(kept, Tensor) or kept.numel() != values.numel():
+        return 0.0
+    scores = kept.detach().flatten().double()
+    scores = (scores if kind(node) == "LogSigmoid" else torch.logit(scores, 1e-9)).sort().values
+    return float((scores + values.flip(0)).abs().sum() - (scores - values).abs().sum())
+
+
+def _unbounded(how: str) -> Finding:
+    return Finding(
+        "penalty-unbounded",
+        f"The penalty {how}, so it has no lower bound.",
+        "It goes on pushing gates that are shut already. Beyond about -15 a float32 gate gets no gradient "
+        "from the task and cannot come back, and the loss runs to minus infinity. (Where something bounds "
+        "the logits, as in sublens.MaskedNetwork, that cannot happen.)",
+        "Bound the logits after each step, or count kept weights instead:\n"
+        "    with torch.no_grad(): logit.clamp_(-10, 10)\n"
+        "    penalty = alpha * sum(torch.sigmoid(logit).sum() for logit in logits)",
+    )
 
 
 def _penalty_detached(constant: float) -> Finding:
