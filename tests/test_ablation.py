@@ -1,6 +1,7 @@
 """Ablations, minimality, completeness and stability, against what they mean."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -137,6 +138,19 @@ def test_minimality_and_completeness_measure_what_they_say(network: nn.Module, m
     assert found[0.5]["kept"] == {"mean": half, "low": half, "high": half}
     left, random = completeness(network, mask, METRICS, draws=2)
     assert left["kept"] == random["kept"]["mean"] == pytest.approx(1 - mask.kept)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda *given: ablate(*given, fill="resample", draws=0),
+        lambda *given: completeness(*given, draws=0),
+        lambda *given: minimality(*given, draws=0),
+    ],
+)
+def test_no_draws_measure_nothing(network: nn.Module, mask: Mask, measure: Callable[..., object]) -> None:
+    with pytest.raises(SettingError, match="draws must be 1 or more"):
+        measure(network, mask, METRICS)
 
 
 def test_transfer_and_faithfulness_are_differences_of_the_metrics(network: nn.Module, mask: Mask) -> None:

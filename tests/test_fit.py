@@ -65,6 +65,13 @@ def test_a_mask_that_had_no_time_to_close_a_gate_says_so(network: nn.Module) -> 
     assert len(told) == 1 and told[0].filename == __file__
 
 
+def test_a_gate_whose_training_was_to_take_longer_says_so(network: nn.Module) -> None:
+    with pytest.warns(UserWarning, match="for 200 steps and was for 100.*a beta of 14.1 where 200 is the end") as told:
+        run_of(network, steps=100, samples=1, alpha=0.0, gate=sl.ContinuousSparsification(200))
+    assert len(told) == 1 and told[0].filename == __file__
+    run_of(network, steps=100, samples=1, alpha=0.0, gate=sl.ContinuousSparsification(100))
+
+
 # --- the step ---
 
 

@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,13 +211,21 @@ def test_other_things_are_no_masks() -> None:
         ({"w": torch.ones(2)}, NET, "'w' must be a bool tensor, not torch.float32; logits go through Mask.from_logits"),
         ({"w": torch.ones(2, dtype=torch.uint8)}, NET, "not torch.uint8"),
         ({"w": np.ones(2, bool)}, NET, "not ndarray"),
-        (BASE, "", "needs the fingerprint of its network"),
-        (BASE, nn.Linear(1, 1), "needs the fingerprint of its network"),
+        (BASE, "", "needs its network, or the network's fingerprint"),
+        (BASE, 3, "needs its network, or the network's fingerprint"),
     ],
 )
-def test_impossible_masks_are_refused(kept: dict[str, Tensor], network: str, message: str) -> None:
+def test_impossible_masks_are_refused(kept: dict[str, Tensor], network: Any, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Mask(kept, network)
+
+
+def test_a_mask_takes_the_network_itself() -> None:
+    network = nn.Linear(3, 2)
+    kept = {"weight": torch.rand(2, 3) > 0.5}
+    mask = Mask(kept, network)
+    assert mask == Mask(kept, fingerprint(network))
+    assert Mask.from_logits({"weight": kept["weight"].float() - 0.5}, network) == mask
 
 
 # --- making masks

@@ -5,7 +5,6 @@ from sublens.analysis.ablation import (
     ablate,
     ablate_layers,
     ablated,
-    bands,
     blocks_of,
     completeness,
     faithfulness,
@@ -13,7 +12,7 @@ from sublens.analysis.ablation import (
     thinned,
     transfer,
 )
-from sublens.analysis.accuracy import accuracies, first_half, interrogate, measuring
+from sublens.analysis.accuracy import accuracies, bands, first_half, interrogate, measuring
 from sublens.analysis.chance import Distribution, shared_by_chance, total
 from sublens.analysis.overlap import overlap
 from sublens.analysis.sharing import reused_share, sharing_index

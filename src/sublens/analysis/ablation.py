@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from sublens.analysis.accuracy import Metrics, accuracies
+from sublens.analysis.accuracy import Band, Metrics, accuracies, bands
 from sublens.errors import SettingError, check_named
 from sublens.mask import Mask
 from sublens.mask.random_bits import random_bits
@@ -19,9 +19,6 @@ from sublens.selection import tied_names
 from sublens.storage import unpack_bits
 
 FILLS = ("zero", "mean", "resample")
-
-Band = dict[str, float]
-"""``mean``, ``low`` and ``high`` of a metric over several draws; the lowest and the highest, not an interval."""
 
 
 def ablated(network: nn.Module, mask: Mask, *, fill: str = "zero", seed: int = 0) -> nn.Module:
@@ -72,8 +69,12 @@ def ablate(
         mask: what stays.
         metrics: what is measured, by name.
         fill: what replaces the removed weights.
-        draws: how often weights are resampled; the other fills draw nothing and are measured once.
+        draws: how often weights are resampled, 1 or more; the other fills draw nothing and are measured once.
         seed: of the first draw.
+
+    Raises:
+        SettingError: no such ``fill``, or no draws.
+        MismatchError: the mask belongs to another network.
     """
     times = draws if fill == "resample" else 1
     found = [
@@ -105,6 +106,10 @@ def ablate_layers(
 
     Returns:
         block -> fill -> metric -> band.
+
+    Raises:
+        SettingError: no such fill, or no draws.
+        MismatchError: the mask belongs to another network.
     """
     return {
         block: {
@@ -157,6 +162,9 @@ def minimality(
 
     Returns:
         fraction -> metric -> band over the draws.
+
+    Raises:
+        SettingError: a fraction is not in 0..1, or there are no draws.
     """
     return {
         fraction: bands(
@@ -177,6 +185,9 @@ def completeness(
     Returns:
         Every metric with only the removed weights (the inverse mask); and the same for random masks that keep as many
         weights in each layer as the inverse does.
+
+    Raises:
+        SettingError: there are no draws.
     """
     inverse = ~mask
     drawn = [accuracies(network, metrics, Mask.random_like(inverse, seed_from(seed, draw))) for draw in range(draws)]
@@ -197,15 +208,3 @@ def transfer(network: nn.Module, masks: Mapping[str, Mask], metrics: Metrics) ->
     """
     check_named("masks", masks, "{'add': add}")
     return {name: accuracies(network, metrics, mask) for name, mask in masks.items()}
-
-
-def bands(found: Sequence[Mapping[str, float]]) -> dict[str, Band]:
-    """Return metric -> mean, lowest and highest over several measurements; nothing if there are none."""
-    return {
-        name: {
-            "mean": sum(one[name] for one in found) / len(found),
-            "low": min(one[name] for one in found),
-            "high": max(one[name] for one in found),
-        }
-        for name in (found[0] if found else ())
-    }

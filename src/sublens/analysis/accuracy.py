@@ -13,6 +13,8 @@ from sublens.groups import Grouping
 from sublens.mask import Mask, check_mask
 
 Metrics = Mapping[str, Callable[[nn.Module], float]]
+Band = dict[str, float]
+"""``mean``, ``low`` and ``high`` of a metric over several draws; the lowest and the highest, not an interval."""
 
 
 @contextmanager
@@ -43,6 +45,24 @@ def accuracies(network: nn.Module, metrics: Metrics, mask: Mask | None = None) -
             return {name: _number(name, metric(net)) for name, metric in metrics.items()}
         with mask.applied(net):
             return {name: _number(name, metric(net)) for name, metric in metrics.items()}
+
+
+def bands(found: Sequence[Mapping[str, float]]) -> dict[str, Band]:
+    """Return metric -> mean, lowest and highest over the metrics of several draws.
+
+    Raises:
+        SettingError: there are none.
+    """
+    if not found:
+        raise SettingError("Nothing was drawn, so there is nothing to measure: draws must be 1 or more.")
+    return {
+        name: {
+            "mean": sum(one[name] for one in found) / len(found),
+            "low": min(one[name] for one in found),
+            "high": max(one[name] for one in found),
+        }
+        for name in found[0]
+    }
 
 
 def _number(name: str, found: Any) -> float:
@@ -78,7 +98,7 @@ def interrogate(
         mask: the mask.
         metrics: what is measured, by name, each in 0..1.
         half: names of the layers that count as the first half; ``None``: see :func:`first_half`.
-        draws: random masks to measure.
+        draws: random masks to measure; 0 leaves ``random_accuracy`` out.
         seed: seed of the random masks.
         groupings: those of the mask's logits; random masks then keep as many whole groups.
 
@@ -107,13 +127,5 @@ def interrogate(
     }
     if draws:
         random = (Mask.random_like(mask, seed + draw, groupings) for draw in range(draws))
-        drawn = [accuracies(network, metrics, one) for one in random]
-        answers["random_accuracy"] = {
-            name: {
-                "mean": sum(one[name] for one in drawn) / draws,
-                "low": min(one[name] for one in drawn),
-                "high": max(one[name] for one in drawn),
-            }
-            for name in metrics
-        }
+        answers["random_accuracy"] = bands([accuracies(network, metrics, one) for one in random])
     return answers

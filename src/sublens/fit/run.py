@@ -24,7 +24,7 @@ from sublens.fit.ranks import Processes, Ranks
 from sublens.fit.settings import DEFAULT_ALPHA, DEFAULT_LR, Record, Settings, Settled
 from sublens.fit.strength import AlphaPath, Controller
 from sublens.fit.training import Training
-from sublens.gates import Gate, Penalty
+from sublens.gates import ContinuousSparsification, Gate, Penalty
 from sublens.gates.ranked import RankedGate
 from sublens.groups import Groups
 from sublens.mask import Mask
@@ -32,7 +32,7 @@ from sublens.masked_network import MaskedNetwork
 from sublens.ranking import Kept
 from sublens.selection import Where
 
-_ENOUGH = 100  # steps from which on a mask that still keeps everything is worth a word; fewer are a trial
+_ENOUGH = 100  # steps from which on a mask of no use is worth a word; fewer are a trial
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,14 @@ def fitting(
             warnings.warn(
                 f"The mask removes every weight after {state.step} steps: the penalty outweighs what the loss loses by"
                 " it. Take a smaller alpha, and see that the loss depends on what the network gives.",
+                stacklevel=4,
+            )
+        soft = masked.gate
+        if isinstance(soft, ContinuousSparsification) and _ENOUGH <= state.step < soft.steps and ranks.leads:
+            warnings.warn(
+                f"{soft!r} was to be trained for {soft.steps} steps and was for {state.step}: its gates are soft still,"
+                f" with a beta of {soft.beta(state.step):.3g} where {soft.final:.3g} is the end. The binary mask is not"
+                f" what was trained. Give the gate the number of steps that are taken.",
                 stacklevel=4,
             )
         return Run(mask, logits, history, stopped, state.step, training.seconds())

@@ -54,11 +54,12 @@ class ContinuousSparsification(Gate):
     def logit_gradient(self, gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """The gradient times the weight times dm/dlogit."""
         m = self.keep_probability(logits, draw.step)
-        return gradient.float() * weight.float() * m * (1 - m) * self._beta(draw.step)
+        return gradient.float() * weight.float() * m * (1 - m) * self.beta(draw.step)
 
     def keep_probability(self, logits: Tensor, step: int) -> Tensor:
         """m, which stands for the probability of being open."""
-        return torch.sigmoid(self._beta(step) * logits)
+        return torch.sigmoid(self.beta(step) * logits)
 
-    def _beta(self, step: int) -> float:
+    def beta(self, step: int) -> float:
+        """What logits are multiplied with in a training call, the first one being 0."""
         return float(self.final ** min(step / self.steps, 1.0))

@@ -38,10 +38,10 @@ class Mask:
 
     Args:
         kept: dotted parameter name -> bool tensor of the parameter's shape, ``True`` where the element is kept. Copied.
-        network: fingerprint of the network, from :func:`fingerprint`.
+        network: the network, or its fingerprint from :func:`fingerprint`.
 
     Raises:
-        SettingError: no layer, a tensor that is not bool, or no fingerprint.
+        SettingError: no layer, a tensor that is not bool, or no network.
     """
 
     __slots__ = ("_network", "_packed", "_shapes")
@@ -50,9 +50,10 @@ class Mask:
     _packed: dict[str, Tensor]
     _shapes: dict[str, tuple[int, ...]]
 
-    def __init__(self, kept: Mapping[str, Tensor], network: str) -> None:
+    def __init__(self, kept: Mapping[str, Tensor], network: str | nn.Module) -> None:
+        network = fingerprint(network) if isinstance(network, nn.Module) else network
         if not isinstance(network, str) or not network:
-            raise SettingError("a mask needs the fingerprint of its network; get it from sublens.fingerprint(network)")
+            raise SettingError("a mask needs its network, or the network's fingerprint (sublens.fingerprint(network))")
         for name, tensor in kept.items():
             if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
                 found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -75,13 +76,13 @@ class Mask:
 
     @classmethod
     def from_logits(
-        cls, logits: Mapping[str, Tensor], network: str, groupings: Mapping[str, Grouping] | None = None
+        cls, logits: Mapping[str, Tensor], network: str | nn.Module, groupings: Mapping[str, Grouping] | None = None
     ) -> "Mask":
         """The mask of trained logits by :func:`binarise`: kept iff the logit is above 0.
 
         Args:
             logits: parameter name -> logits of the parameter's shape.
-            network: fingerprint of the network.
+            network: the network, or its fingerprint.
             groupings: :attr:`sublens.MaskedNetwork.groupings`, if elements share logits.
 
         Raises:
