@@ -261,11 +261,19 @@ def _blocks(samples: int, weight: Tensor) -> Iterator[slice]:
         yield slice(top, min(top + rows, height))
 
 
+_blocks_held = threads.Scratch(), threads.Scratch()
+
+
+def _block_of(*shape: int, number: int = 0) -> Tensor:
+    """Memory for float32 numbers of a block, the same in every call: first or second."""
+    return _blocks_held[number].of(4 * math.prod(shape)).view(torch.float32).view(shape)
+
+
 def _forward_long(y: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, reduced: bool) -> None:
     samples, _, width = x.shape
     x = _in_precision(x, reduced)
     for rows in _blocks(samples, weight):
-        masked = weight.new_empty(samples, rows.stop - rows.start, width)
+        masked = _block_of(samples, rows.stop - rows.start, width)
         where = {"begin": rows.start * width, "before": first * width}
         cpu.walk(weight, logits, draw, masked=masked, samples=samples, **where)
         for k in range(samples):
@@ -288,10 +296,10 @@ def _backward_long(
     of_x, of_logits = torch.zeros_like(x) if wants_x else None, _for_gradient(logits)
     x, gradient = _in_precision(x, reduced), _in_precision(gradient, reduced)
     for rows in _blocks(samples, weight):
-        of_weights = weight.new_empty(samples, rows.stop - rows.start, width)
+        of_weights = _block_of(samples, rows.stop - rows.start, width, number=1)
         for k in range(samples):
             _multiply(gradient[k, :, rows].T, x[k], of_weights[k])
-        masked = torch.empty_like(of_weights) if wants_x else None
+        masked = _block_of(samples, rows.stop - rows.start, width) if wants_x else None
         where = {"begin": rows.start * width, "before": first * width}
         cpu.walk(
             weight, logits, draw, masked=masked, gradient=of_weights, result=of_logits[rows], samples=samples, **where
