@@ -202,6 +202,7 @@ def notes(loss: Any, logits: Any, optimizer: Any = None) -> list[str]:
 
 # --- Right ------------------------------------------------------------------------------------------------------------
 
+STRENGTH = nn.Parameter(torch.tensor(0.3))
 PENALTIES: dict[str, Any] = {
     "none": None,
     "paper": lambda logits: 1e-4 / 128 * sum(logit.sum() for logit in logits.values()),
@@ -213,6 +214,17 @@ PENALTIES: dict[str, Any] = {
     "logarithm": lambda logits: 1e-4 * sum(F.logsigmoid(logit).sum() for logit in logits.values()),
     "logarithm of all": lambda logits: 1e-4 * torch.cat([x.flatten() for x in logits.values()]).sigmoid().log().sum(),
     "bounded logarithm": lambda logits: -1e-4 * sum(F.logsigmoid(-logit).sum() for logit in logits.values()),
+    "cross-entropy": lambda logits: (
+        -1e-3 * sum((0.1 * F.logsigmoid(x) + 0.9 * F.logsigmoid(-x)).sum() for x in logits.values())
+    ),
+    "barrier": lambda logits: sum(2e-3 * x.sigmoid().sum() - 1e-4 * F.logsigmoid(x).sum() for x in logits.values()),
+    "shifted bounded logarithm": lambda logits: -1e-4 * sum(F.logsigmoid(4 - x).sum() for x in logits.values()),
+    "shifted logarithm": lambda logits: 1e-4 * sum(F.logsigmoid(x - 4).sum() for x in logits.values()),
+    "logarithm and count": lambda logits: 1e-4 * sum((x.sigmoid() + F.logsigmoid(x)).sum() for x in logits.values()),
+    "logarithm of a count": lambda logits: 1e-4 * sum(F.logsigmoid(x.sigmoid()).sum() for x in logits.values()),
+    "logarithm beside": lambda logits: (
+        1e-3 * sum((x.sigmoid() + F.logsigmoid(STRENGTH)).sum() for x in logits.values())
+    ),
     "entropy": lambda logits: -1e-4 * sum((x.sigmoid() * F.logsigmoid(x)).sum() for x in logits.values()),
     "square": lambda logits: 1e-4 * sum(logit.square().sum() for logit in logits.values()),
     "hinge": lambda logits: F.relu(0.99 - torch.cat([x.flatten() for x in logits.values()]).sigmoid().mean()),
@@ -761,6 +773,13 @@ def test_detached_penalty_beside_a_task_that_cannot_be_worked_out_is_a_note() ->
         ("logarithm", ["penalty-unbounded"]),
         ("logarithm of all", ["penalty-unbounded"]),
         ("bounded logarithm", []),
+        ("cross-entropy", []),
+        ("barrier", []),
+        ("shifted bounded logarithm", []),
+        ("shifted logarithm", ["penalty-unbounded"]),
+        ("logarithm and count", ["penalty-unbounded"]),
+        ("logarithm of a count", []),
+        ("logarithm beside", []),
         ("expected", []),
         ("target", ["penalty-opens-now"]),
     ],

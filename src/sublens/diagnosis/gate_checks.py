@@ -17,7 +17,7 @@ from sublens.diagnosis.inputs import listed
 
 _SATURATED = 15.0  # sigmoid(15) * (1 - sigmoid(15)) is 3e-7: below float32 rounding of anything it is added to
 _CERTAIN = 4.6  # a keep probability of 0.99; or, below zero, of 0.01
-_SPREAD = 0.2  # of logits that begin at one value, with some noise
+_SPREAD = 0.05  # standard deviation of logits that begin at one value, with some noise
 _SCORE_SLOPE = 0.3  # a mean slope that no sigmoid of temperature 1 has: the scores are no log-odds
 
 
@@ -102,14 +102,15 @@ def gate_checks(
                 "Start with a higher keep probability, or lower alpha, unless the layer is meant to go.",
             )
         )
-    if highest - lowest <= _SPREAD and lowest > 0.5 and highest < 1.0:
-        middle = (lowest + highest) / 2
-        all_are = f"are {lowest:.4g}" if lowest == highest else f"lie between {lowest:.4g} and {highest:.4g}"
+    every = torch.cat([value.double().cpu() for value in values])
+    middle, spread = float(every.mean()), float(every.std(correction=0))
+    if 0.5 < middle < 1.0 and spread <= _SPREAD:
+        all_are = f"are {lowest:.4g}" if lowest == highest else f"lie around {middle:.3g}, within {spread:.2g} or so"
         notes.append(
             Finding(
                 "probability-as-logit",
                 f"All logits {all_are}, which is a keep probability of {_sigmoid(middle):.3f}.",
-                f"If {middle:.2g} was meant as the keep probability, gates are shut far more often than intended.",
+                f"If {middle:.3g} was meant as the keep probability, gates are shut far more often than intended.",
                 "The logit of p is log(p / (1 - p)):\n    start = torch.full(shape, math.log(p / (1 - p)))",
             )
         )

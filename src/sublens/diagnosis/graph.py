@@ -155,7 +155,8 @@ class Term:
         penalty: whether it is made of logits alone, by sums and elementwise functions, with no data and no weights.
         linear: a penalty that is linear in the logits, and so has no lower bound.
         monotone: a penalty that only ever pushes in one direction, wherever the logits are.
-        logarithms: the operations that take logarithms of keep probabilities, if the penalty is linear in these.
+        logarithms: the operations that take logarithms of keep probabilities, unless something curved or a product of
+            two things that are learned comes after them.
     """
 
     edge: Edge
@@ -240,9 +241,8 @@ def _number(value: Any) -> float | None:
 
 
 def _classify(graph: Graph, edge: Edge, coefficient: float) -> Term:
-    penalty, linear, monotone = graph.reach(edge) != 0, True, True
+    penalty, linear, monotone, of_logarithms = graph.reach(edge) != 0, True, True, True
     logarithms: list[Node] = []
-    of_logarithms = True
     for node in graph.below(edge):
         name = kind(node)
         if name == "Accumulate":
@@ -257,17 +257,26 @@ def _classify(graph: Graph, edge: Edge, coefficient: float) -> Term:
             hinge = name in _HINGES and shape is not None and shape.numel() == 1  # a target for the whole: no direction
             penalty = penalty and (name in _MONOTONE or name in _OTHER_PENALTIES)
             linear, monotone = False, monotone and name in _MONOTONE and not hinge
-            if name == "LogSigmoid" or (name == "Log" and _operand(node) == "Sigmoid"):
+            if name in ("LogSigmoid", "Log"):
                 logarithms.append(node)
-            of_logarithms = of_logarithms and name in ("LogSigmoid", "Log", "Sigmoid")
+                of_logarithms = of_logarithms and _is_of_probabilities(graph, node)
+            else:
+                above = any(kind(below) in ("LogSigmoid", "Log") for below in graph.below((node, 0)))
+                of_logarithms = of_logarithms and name == "Sigmoid" and not above
         if not penalty:
             return Term(edge, coefficient, False, False, False)
-    return Term(edge, coefficient, penalty, linear, monotone, tuple(logarithms) if of_logarithms else ())
+    found = [node for node in logarithms if of_logarithms and graph.reach((node, 0))]
+    return Term(edge, coefficient, penalty, linear, monotone, tuple(found))
 
 
-def _operand(node: Node) -> str:
-    operands = edges(node)
-    return kind(operands[0][0]) if operands and operands[0] is not None else ""
+def _is_of_probabilities(graph: Graph, logarithm: Node) -> bool:
+    """Whether it is that of a sigmoid of something linear in its leaves."""
+    (operand, *_) = edges(logarithm)
+    if operand is not None and kind(logarithm) == "Log":
+        if kind(operand[0]) != "Sigmoid":
+            return False
+        (operand, *_) = edges(operand[0])
+    return operand is not None and all(kind(node) in LINEAR for node in graph.below(operand))
 
 
 def _multiplied(node: Node) -> tuple[bool, int]:
@@ -282,7 +291,7 @@ def _multiplied(node: Node) -> tuple[bool, int]:
 
 
 def gradient_at(
-    starts: Sequence[tuple[Edge, Tensor | float]], targets: Sequence[Tensor], *, device: torch.device
+    starts: Sequence[tuple[Edge, Tensor | float]], targets: Sequence[Tensor | GradientEdge], *, device: torch.device
 ) -> list[Tensor | None]:
     """Gradient of the sum of ``(factor * edge).sum()`` with respect to the targets. Leaves every ``.grad`` as it is."""
     outputs, factors = [], []
@@ -294,4 +303,5 @@ def gradient_at(
             factors.append(factor.to(device_of, meta.dtype))
         else:
             factors.append(torch.full(tuple(meta.shape), factor, dtype=meta.dtype, device=device_of))
-    return list(torch.autograd.grad(outputs, list(targets), factors, retain_graph=True, allow_unused=True))
+    wanted: Any = list(targets)  # torch takes tensors and edges together, and does not say so
+    return list(torch.autograd.grad(outputs, wanted, factors, retain_graph=True, allow_unused=True))

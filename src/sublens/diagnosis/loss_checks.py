@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from sublens.diagnosis.findings import Finding
-from sublens.diagnosis.graph import Graph, Term, gradient_at, kind, saved, terms_of
+from sublens.diagnosis.graph import Graph, Term, gradient_at, terms_of
 from sublens.diagnosis.inputs import listed, shapes
 from sublens.diagnosis.replay import Replay
 
@@ -267,20 +267,23 @@ def _penalty_direction(reading: LossReading, logits: Mapping[str, Tensor], orien
     elif any(term.linear for term in reading.penalties):
         reading.notes.append(_unbounded("is linear in the logits"))
     elif any(
-        orientation * _rise(reading.graph, node, logits) > 0 for term in reading.penalties for node in term.logarithms
+        _falls_without_end(term, node, logits, orientation) for term in reading.penalties for node in term.logarithms
     ):
         reading.notes.append(_unbounded("takes logarithms of keep probabilities, which fall without end"))
 
 
-def _rise(graph: Graph, node: Node, logits: Mapping[str, Tensor]) -> float:
-    """Above zero if a logarithm of probabilities rises with the logits, in whichever order; zero if not known."""
-    kept, known = saved(node, "self"), [logits[name] for name in graph.bits(graph.reach((node, 0)))]
-    values = torch.cat([logit.detach().flatten().double() for logit in known]).sort().values
-    if not isinstance(kept, Tensor) or kept.numel() != values.numel():
-        return 0.0
-    scores = kept.detach().flatten().double()
-    scores = (scores if kind(node) == "LogSigmoid" else torch.logit(scores, 1e-9)).sort().values
-    return float((scores + values.flip(0)).abs().sum() - (scores - values).abs().sum())
+def _falls_without_end(term: Term, logarithm: Node, logits: Mapping[str, Tensor], orientation: int) -> bool:
+    """Whether the penalty falls with a logarithm, and that as gates shut."""
+    targets = [tensor for tensor in logits.values() if tensor.requires_grad]
+    device = targets[0].device
+    try:
+        (slope,) = gradient_at([(term.edge, term.coefficient)], [GradientEdge(logarithm, 0)], device=device)
+        if slope is None:
+            return False
+        found = gradient_at([((logarithm, 0), (slope > 0).to(slope.dtype))], targets, device=device)
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    return orientation * sum(float(gradient.double().sum()) for gradient in found if gradient is not None) > 0
 
 
 def _unbounded(how: str) -> Finding:
