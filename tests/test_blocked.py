@@ -221,15 +221,16 @@ def test_antithetic_pairs_fold_as_single_samples_do_at_the_bound_of_logits() -> 
         assert bool((of_logits != 0).any())
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+@pytest.mark.parametrize("reduced", [False, True])
+def test_the_number_of_threads_changes_no_bit(reduced: bool) -> None:
     before = torch.get_num_threads()
     x, weight, logits, gradient = problem(4, 32, 700, 500)
     found = []
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            y = blocked.forward(x, weight, logits, DRAW)
-            of_x, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True)
+            y = blocked.forward(x, weight, logits, DRAW, reduced=reduced)
+            of_x, of_logits = blocked.backward(gradient, x, weight, logits, DRAW, wants_x=True, reduced=reduced)
             assert of_x is not None
             found.append((y, of_x, of_logits))
     finally:

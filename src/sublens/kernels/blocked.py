@@ -247,7 +247,7 @@ def _long(samples: int, reduced: bool) -> int:
     """
     product = cpu.compiled("product")
     if reduced and by_tiles():
-        return 1024
+        return max(256, min(1024, 4096 // samples))
     if product.OUTRUNS:
         return max(256, (2048 if reduced else 8192) // samples)
     keeps_up = product.KEEPS_UP or (product.KEEPS_UP_WITH_FEW and samples <= 2)

@@ -134,8 +134,8 @@ _HALVES = _DRAWS + 2 * TILED_ROWS * _DRAWN  # weights in bfloat16
 _OF_WEIGHT = _HALVES + 2 * TILED_ROWS * _PITCH
 _AHEAD = _OF_WEIGHT + 4 * TILED_ROWS * _PITCH
 MORE = (_AHEAD + 8 * AHEAD + 8191) // 4096 * 4096  # with some bytes between, which vectors may read
-"""Bytes that are the same for any layer. Then come the outputs of a block of ROWS rows, or the inputs of WIDE columns
-and their gradient: for each row of the chunks' pieces ROWS numbers, or twice WIDE."""
+"""Bytes that are the same for any layer. Then come the outputs of a block's rows, or the inputs of WIDE columns and
+their gradient: for each row of the chunks' pieces as many numbers as the block has rows, or twice WIDE."""
 
 
 @loop(INT, INT, INT)
@@ -464,7 +464,7 @@ def forward(address: Any) -> None:
 
     Both are (chunk, row, column), unless they come or stay packed: (chunk, piece, column, row of the piece).
 
-    On many threads at once. A thread takes blocks of ROWS rows, so every output is summed by one thread, in one order.
+    On many threads at once. A thread takes whole rows of blocks, so every output is summed by one thread, in one order.
     """
     _forward(carray(address, (LINEAR_FIELDS,), i64))
 
