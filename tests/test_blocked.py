@@ -39,6 +39,20 @@ def sample_of(draw: Draw, number: int) -> Draw:
     return Draw(draw.seed, draw.step, draw.sample + number, draw.parameter)
 
 
+def assert_transposed_agrees(samples: int, m: int, width: int, height: int, draw: Draw, *, reduced: bool) -> None:
+    """Check a product with a weight that is stored as inputs (``height``) by outputs."""
+    _, weight, logits, x = problem(samples, m, width, height)
+    coarse = 2.0**-8 if reduced and m >= blocked._long(samples, reduced) else 0.0
+    bias = normal(width, seed=7)
+    y = blocked.forward_transposed(x, weight, logits, draw, bias=bias, reduced=reduced)
+    if reduced:
+        x, weight = x.bfloat16().float(), weight.bfloat16().float()
+    for k in range(samples):
+        masked, inputs = reference.masked(weight, logits, sample_of(draw, k)).double(), x[k].double()
+        magnitude = inputs.abs() @ masked.abs() + bias.abs()
+        assert_near(y[k], inputs @ masked + bias.double(), magnitude, height, coarse)
+
+
 def assert_near(found: Tensor, expected: Tensor, magnitude: Tensor, terms: int, coarse: float = 0.0) -> None:
     assert found.shape == expected.shape
     assert found.dtype == torch.float32
@@ -61,6 +75,7 @@ def assert_agrees(
             with mock.patch.object(blocked, "by_tiles", lambda: False):
                 assert_agrees(samples, m, width, height, draw, reduced=True)
     coarse = 2.0**-8 if reduced and m >= blocked._long(samples, reduced) else 0.0
+    assert_transposed_agrees(samples, m, width, height, draw, reduced=bool(reduced))
     x, weight, logits, gradient = problem(samples, m, width, height)
     y = blocked.forward(x, weight, logits, draw, reduced=bool(reduced))
     of_x, of_logits = blocked.backward(gradient, x, weight, logits, draw, wants_x=True, reduced=bool(reduced))

@@ -228,6 +228,25 @@ def test_a_mask_takes_the_network_itself() -> None:
     assert Mask.from_logits({"weight": kept["weight"].float() - 0.5}, network) == mask
 
 
+def test_a_mask_is_neither_true_nor_false() -> None:
+    one, other = Mask(BASE, NET), ~Mask(BASE, NET)
+    with pytest.raises(TypeError, match=r"'a & b'.*combine masks"):
+        assert (one and other) is None
+    with pytest.raises(TypeError, match=r"mask\.kept_count > 0"):
+        assert not one
+
+
+def test_a_mask_is_put_in_also_where_autocast_keeps_copies_of_the_weights() -> None:
+    network = nn.Linear(8, 4)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    nothing = Mask({"weight": torch.zeros(4, 8, dtype=torch.bool), "bias": torch.zeros(4, dtype=torch.bool)}, network)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = network(x)
+        with nothing.applied(network):
+            assert not bool(network(x).any())
+        assert torch.equal(network(x), whole)
+
+
 # --- making masks
 
 

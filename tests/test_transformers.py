@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 import sublens as sl
 from sublens.noise import Draw, parameter_id
+from sublens.routes import eligibility
 
 transformers = pytest.importorskip(
     "transformers", reason="needs Hugging Face transformers: python -m pip install 'sublens[transformers]'"
@@ -125,6 +126,56 @@ def test_outputs_and_gradients_are_those_of_the_chunks_one_by_one(make, inputs, 
         assert logits.grad.abs().max() < 1e-3, name
 
 
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("samples", [1, K])
+def test_layers_stored_as_inputs_by_outputs_go_the_linear_route(samples, biases, monkeypatch):
+    network = gpt2().eval()
+
+    def found():
+        masked = sl.MaskedNetwork(network, samples=samples, seed=3, keep=0.7, biases=biases)
+        logits = masked(**tokens()).logits
+        logits.square().mean().backward()
+        return [logits, *(scores.grad for scores in masked.logits.values())], masked._routes.general
+
+    fast, general = found()
+    assert not all(general.values())  # vmap does not take code that looks whether something is padded
+    monkeypatch.setattr(eligibility, "stores_transposed", lambda module: False)
+    expected, general = found()
+    assert all(general.values())
+    torch.testing.assert_close(fast, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_of_such_layers_a_gradient_may_be_penalised(samples, frozen, dtype, monkeypatch):
+    torch.manual_seed(0)
+    network = nn.Sequential(pytorch_utils.Conv1D(12, 6), nn.Tanh(), pytorch_utils.Conv1D(3, 12))
+    nn.init.normal_(network[0].weight)
+    x = torch.randn(8, 6)
+
+    def found():
+        network.zero_grad()
+        masked = sl.MaskedNetwork(network, samples=samples, keep=0.6, frozen=frozen)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = masked(at := x.clone().requires_grad_())
+        assert y.dtype == dtype
+        (of_x,) = torch.autograd.grad(y.float().square().sum(), at, create_graph=True)
+        (y.float().square().sum() + of_x.square().sum()).backward()
+        gradients = [logits.grad for logits in masked.logits.values()]
+        gradients += [layer.weight.grad for layer in network[::2] if not frozen]
+        return gradients, masked._routes.general
+
+    fast, general = found()
+    assert not any(general.values())
+    monkeypatch.setattr(eligibility, "stores_transposed", lambda module: False)
+    expected, general = found()
+    assert all(general.values())
+    for one, other in zip(fast, expected, strict=True):
+        # In bfloat16 rounded four times: each layer's outputs, and the gradient on the way back.
+        assert (one - other).norm() <= (1e-4 if dtype == torch.float32 else 4 * 2.0**-8) * other.norm()
+
+
 def test_the_default_selection_leaves_embeddings_and_what_is_tied_to_them_alone():
     names = list(sl.select(gpt2()))
     assert names == [
@@ -148,7 +199,8 @@ def test_padding_changes_nothing_for_the_tokens_that_are_there():
 
 def test_a_cache_cannot_be_joined_and_says_so_when_it_is_used():
     masked = sl.MaskedNetwork(gpt2(), samples=K)
-    output = masked(**tokens())  # use_cache is on by default
+    assert masked(**tokens()).past_key_values.get_seq_length() == T  # computed as a whole, after looking at chunks
+    output = masked(input_ids=tokens()["input_ids"])  # chunk by chunk; use_cache is on by default
     assert output.logits.shape == (B, T, VOCABULARY)
     with pytest.raises(sl.BatchError, match=r"DynamicCache.*cannot be joined"):
         output.past_key_values.get_seq_length()

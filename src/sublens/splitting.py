@@ -119,6 +119,7 @@ class Batch:
                 "Give the dimension along which the examples of the batch stand."
             )
         self.size = lead.shape[batch_dim]
+        self._counted = f"its first tensor has shape {tuple(lead.shape)}, of which dimension {batch_dim} is the batch's"
         self.axes = [self._axis(leaf, lead, batch_dim) if isinstance(leaf, Tensor) else None for leaf in self.leaves]
 
     def _axis(self, leaf: Tensor, lead: Tensor, batch_dim: int) -> int | None:
@@ -178,8 +179,9 @@ class Batch:
         """
         if self.size < chunks:
             raise BatchError(
-                f"A batch of {self.size} cannot be split for {chunks} samples. "
-                f"Use samples={max(self.size, 1)} or fewer, or batches of at least {chunks}."
+                f"A batch of {self.size} cannot be split for {chunks} samples ({self._counted}). "
+                f"Use samples={max(self.size, 1)} or fewer, or batches of at least {chunks}; for the short last batch "
+                "of a DataLoader give it drop_last=True, and if another dimension counts the examples, give batch_dim."
             )
         share, more = divmod(self.size, chunks)
         return [i * share + min(i, more) for i in range(chunks + 1)]
@@ -279,6 +281,8 @@ def agree(one: Any, other: Any) -> bool:
 
 def _agree(one: Any, other: Any) -> bool:
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        if isinstance(other, Unjoined):  # chunks gave one each, of which nothing is known; the other one is whole
+            return not isinstance(one, Tensor)
         try:
             return type(one) is type(other) and _equal(one, other)
         except Exception:  # an object that nothing is known of

@@ -6,7 +6,7 @@ logits' gradient while they are in the cache. The products are our own (:func:`s
 because a library's product first copies the weight into a layout of its own, which costs as much as masking it. Where
 a chunk has so many rows that this no longer matters, the library's product multiplies larger blocks.
 
-Shapes: K samples, m rows in each sample's chunk, the weight is (out, in).
+Shapes: K samples, m rows in each sample's chunk, the weight is (out, in), or (in, out) where it is called transposed.
 """
 
 from __future__ import annotations
@@ -217,6 +217,47 @@ def backward(
     return of_inputs, of_logits
 
 
+@threads.untraced
+def forward_transposed(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    draw: Draw,
+    first: int = 0,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    reduced: bool = False,
+) -> Tensor:
+    """Each sample's inputs times its masked weight, which is stored as inputs by outputs, plus the bias.
+
+    That is what the backward pass of a layer with that weight does to a gradient of its outputs.
+
+    Args:
+        x: (K, m, in) float32, chunk k in row k; contiguous.
+        weight: (in, out) float32, contiguous.
+        logits: as ``weight``.
+        draw: names sample 0 of K.
+        first: row of the parameter that is the first of ``weight``.
+        bias: (out) float32.
+        out: (K, m, out) float32, contiguous: memory for the result, if there is some.
+        reduced: as in :func:`forward`.
+
+    Returns:
+        (K, m, out) float32, or ``out``.
+    """
+    (samples, m, height), width = x.shape, weight.shape[1]
+    out = weight.new_empty(samples, m, width) if out is None else out
+    if m >= _long(samples, reduced):
+        _transposed_long(out, x, weight, logits, draw, first, reduced)
+    else:
+        loops, count, tiled = cpu.compiled("linear_loops"), torch.get_num_threads(), reduced and by_tiles()
+        wide = _wide(samples, m, width, tiled, count)
+        plan = _plan(samples, m, height, width, True, wide, reduced, tiled, False, False, False, False, count)
+        fields = {loops.GRADIENT: _address(x), loops.OF_INPUTS: _address(out)}
+        _run(plan, fields, x, out, weight, logits, draw, first)
+    return out if bias is None else out.add_(bias)
+
+
 def _address(x: Tensor | Packed) -> int:
     return (x.values if isinstance(x, Packed) else x).data_ptr()
 
@@ -280,6 +321,28 @@ def _forward_long(y: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Dr
             _multiply(x[k], _in_precision(masked[k], reduced).T, y[k, :, rows])
 
 
+def _transposed_long(
+    y: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, reduced: bool
+) -> None:
+    samples, width = len(x), weight.shape[1]
+    x = _in_precision(x, reduced)
+    y.zero_()
+    for rows in _blocks(samples, weight):
+        masked = _block_of(samples, rows.stop - rows.start, width)
+        where = {"begin": rows.start * width, "before": first * width}
+        cpu.walk(weight, logits, draw, masked=masked, samples=samples, **where)
+        for k in range(samples):
+            _add_product(y[k], x[k, :, rows], masked[k])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a product to a float32 matrix, in the precision of its first factor."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a, b.to(a.dtype))
+
+
 @torch.no_grad()  # where a graph of the gradient is asked for, there is none, as for short chunks
 def _backward_long(
     gradient: Tensor,
@@ -312,10 +375,7 @@ def _backward_long(
                 of_weight[rows] += of_block
         if of_x is not None and masked is not None:
             for k in range(samples):
-                if reduced:
-                    of_x[k] += torch.mm(gradient[k, :, rows], _in_precision(masked[k], reduced))
-                else:
-                    of_x[k].addmm_(gradient[k, :, rows], masked[k])
+                _add_product(of_x[k], gradient[k, :, rows], masked[k])
     return of_x, of_logits
 
 

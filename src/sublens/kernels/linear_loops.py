@@ -330,8 +330,8 @@ def _backward(p: Any) -> None:
         if left >= across:
             break
         size = min(wide, across - left)
-        panels = (size + PANEL - 1) // PANEL
-        for k in range(samples):
+        panels = (size + PANEL - 1) // PANEL if p[RESULT] != 0 else 0
+        for k in range(samples if p[RESULT] != 0 else 0):
             for c in range(0, size, PANEL):
                 x = p[INPUTS] + 4 * (k * chunk * across + left + c)
                 panel = inputs + 4 * (k * panels + c // PANEL) * of_chunk * PANEL
@@ -348,7 +348,7 @@ def _backward(p: Any) -> None:
         for top in range(0, height, tall):
             rows = min(tall, height - top)
             filled = (rows + filling - 1) // filling * filling
-            products = 1 if p[OF_INPUTS] == 0 else 2
+            products = i64(p[RESULT] != 0) + i64(p[OF_INPUTS] != 0)
             steps = products * rows * size * samples * of_chunk // (AT_ONCE * in_word)
             if p[TILED] == 1:  # thresholds, and rounded and folded weights
                 steps = (2 + panels * ((samples + 1) // 2)) * rows
@@ -368,7 +368,7 @@ def _backward(p: Any) -> None:
                 if i == 0 or sample % PAIR == 0:
                     _draw_block(scratch, sample // PAIR, top, left, rows, size, p)
                 together = 2 if sample % 2 == 0 and i + 1 < samples else 1
-                for c in range(0, size, PANEL):
+                for c in range(0, panels * PANEL, PANEL):
                     for k in range(i, i + together):
                         g = p[TURNED] + 4 * (k * pieces * height + top) * deep
                         x = inputs + 4 * (k * panels + c // PANEL) * of_chunk * PANEL
@@ -423,7 +423,7 @@ def _backward(p: Any) -> None:
                                                 length, sums, 1, i64(top == 0), ahead)  # fmt: skip
                 i += together
             fetch_rest(ahead)
-            for r in range(rows):
+            for r in range(rows if p[RESULT] != 0 else 0):
                 element = 4 * ((top + r) * across + left)
                 times(p[RESULT] + element, total + 4 * r * _PITCH, p[WEIGHT] + element, size)
                 if p[OF_WEIGHT] != 0:
@@ -473,9 +473,9 @@ def forward(address: Any) -> None:
 def backward(address: Any) -> None:
     """Gradients of :func:`forward`, on many threads at once.
 
-    GRADIENT is that of the outputs, it and INPUTS (chunk, row, column) or packed. Written are RESULT, the gradient of
-    the logits, and, unless they are 0, OF_WEIGHT, that of the weight, and OF_INPUTS, that of the inputs, or of what
-    these were before they were rectified. A thread takes blocks of WIDE columns and all their rows, so every number is
-    summed by one thread, in one order.
+    GRADIENT is that of the outputs, it and INPUTS (chunk, row, column) or packed. Written are, unless they are 0,
+    RESULT, the gradient of the logits, with it OF_WEIGHT, that of the weight, and OF_INPUTS, that of the inputs, or of
+    what these were before they were rectified. A thread takes blocks of WIDE columns and all their rows, so every
+    number is summed by one thread, in one order.
     """
     _backward(carray(address, (LINEAR_FIELDS,), i64))

@@ -24,12 +24,14 @@ def zeroed(network: nn.Module, removed: Iterable[tuple[str, Tensor]]) -> Iterato
         for key, tensor in tensors.items():
             tensor.data = masked[key]
         del masked
+        torch.clear_autocast_cache()  # around the block, autocast may hold copies of the weights in another precision
         yield network
     finally:
         for module, registries in held:
             _reinstate(module, registries)
         for key, tensor in tensors.items():
             tensor.data = originals[key]
+        torch.clear_autocast_cache()
 
 
 def _masked_copies(

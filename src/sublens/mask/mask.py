@@ -238,6 +238,12 @@ class Mask:
     def __len__(self) -> int:
         return len(self._packed)
 
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a Mask is neither true nor false: 'a & b', 'a | b' and '~a' combine masks, where Python's 'and', 'or' and "
+            "'not' would pick one of them; whether it keeps anything is mask.kept_count > 0"
+        )
+
     def __repr__(self) -> str:
         return f"Mask({len(self)} layers, {self.kept_count:,} of {self.size:,} kept, network {self._network[:12]})"
 

@@ -22,7 +22,7 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
         out: folder to write into; it is made if it does not exist.
 
     Raises:
-        SettingError: fewer than two runs, or one of them twice; or ``out`` is the folder of a run.
+        SettingError: fewer than two runs, or one of them twice, if only as a copy; or ``out`` is the folder of a run.
         FileError: a run cannot be read, or the comparison not written.
     """
     places = [folder.resolve() for folder in folders]
@@ -32,6 +32,7 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
         raise SettingError(f"A comparison needs two or more different runs; {what}.")
     refuse_a_run(out, "comparison")
     runs = [read(folder) for folder in folders]
+    _refuse_the_same(folders, runs)
     rows = tabulate(zip(apart(runs), runs, strict=True))
     title = ", ".join(dict.fromkeys(run.study for run in runs))
     table = {"runs": [str(folder) for folder in folders], "table": as_json(rows)}
@@ -47,6 +48,18 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[Row, ...]:
     except ValueError as error:  # JSON has no NaN, which sublens never writes
         raise FileError(f"A setting of a run is not a finite number; its result.json is damaged ({error}).") from error
     return rows
+
+
+def _refuse_the_same(folders: Sequence[Path], runs: Sequence[RunFolder]) -> None:
+    """Runs of the same seed and settings are one run: counted as two, they would have no spread."""
+    for i, (folder, run) in enumerate(zip(folders, runs, strict=True)):
+        for other, earlier in zip(folders[:i], runs[:i], strict=True):
+            mine, its = ((each.study, each.preset, each.seed, each.settings) for each in (run, earlier))
+            if mine == its and run.seed is not None:
+                raise SettingError(
+                    f"{other} and {folder} are the same run: the study {run.study} with the same settings and seed"
+                    f" {run.seed}. It would be counted twice, as if there were no spread. Compare runs of other seeds."
+                )
 
 
 def apart(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:

@@ -28,7 +28,13 @@ def _linear_only(module: nn.Module, name: str) -> bool:
     """Whether a module's own parameter is used for nothing else than products with what goes through a layer."""
     if type(module) is nn.LSTM:
         return module.proj_size == 0 and name.startswith("weight_")
-    return (type(module), name) in _LINEAR
+    return (type(module), name) in _LINEAR or (stores_transposed(module) and name in ("weight", "bias"))
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether it is a linear layer of Hugging Face's that stores its weight as inputs by outputs, as GPT-2's do."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and type(module) is getattr(library, "Conv1D", None)
 
 
 def applies(network: nn.Module, logits: Mapping[str, Tensor], gate: Gate) -> bool:

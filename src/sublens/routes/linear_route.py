@@ -26,7 +26,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from sublens.kernels import blocked, cells, cpu
 from sublens.noise import Draw
 from sublens.routes import products, recurrent_route
-from sublens.splitting import Batch, Rebuild, flatten
+from sublens.splitting import Batch, Rebuild, Unjoined, flatten
 
 
 class NotLinearError(Exception):
@@ -50,6 +50,13 @@ class _Source:
     first: int = 0  # row of the parameter at which logits and weight begin
     examples: int = 0  # number of examples, where they are not in the first dimension but the last but one
     reduced: bool = False  # products in bfloat16
+    transposed: bool = False  # logits and weight are stored as inputs by outputs
+
+    @property
+    def sizes(self) -> tuple[torch.Size, torch.Size]:
+        """Of what comes in, and of what goes out."""
+        of_rows, of_columns = self.weight.shape[:1], self.weight.shape[1:]
+        return (of_rows, of_columns) if self.transposed else (of_columns, of_rows)
 
     def rows(self, sizes: int | Sequence[int]) -> "list[_Source]":
         """Parts of so many rows each, as ``torch.split`` makes them."""
@@ -102,6 +109,11 @@ class GatedWeight(Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, GatedWeight) and not isinstance(x, GatedWeight):
                 return _linear_and_bias(x, weight.source, bias.source if type(bias) is GatedWeight else bias)
+        if func is torch.addmm and len(args) == 3 and not kwargs:  # of layers stored as inputs by outputs
+            bias, x, weight = args
+            if isinstance(weight, GatedWeight) and not isinstance(x, GatedWeight):
+                source = replace(weight.source, transposed=True)
+                return _linear_and_bias(x, source, bias.source if type(bias) is GatedWeight else bias)
         if func is nn.functional.multi_head_attention_forward:
             return cls._attention(args, kwargs)
         if func is torch.lstm:
@@ -187,7 +199,7 @@ def _bias_within(bias: Any, source: _Source) -> bool:
     return (
         isinstance(bias, Tensor)
         and not bias.requires_grad
-        and bias.shape == source.weight.shape[:1]
+        and bias.shape == source.sizes[1]
         and cpu.has_plain_data(bias)
         and bias.is_contiguous()
     )
@@ -195,7 +207,7 @@ def _bias_within(bias: Any, source: _Source) -> bool:
 
 def _plus_of_samples(y: Tensor, source: _Source, bias: _Source) -> Tensor:
     """What a layer gives plus a bias that is masked too, which is another one in each chunk."""
-    if bias.weight.shape != source.weight.shape[:1]:
+    if bias.weight.shape != source.sizes[1]:
         raise NotLinearError(f"a masked bias of shape {tuple(bias.weight.shape)}")
     chunks = source.chunks
     of_samples = products.vectors(bias.logits, bias.weight, bias.draw, bias.first, chunks)
@@ -210,9 +222,18 @@ def _plus_of_samples(y: Tensor, source: _Source, bias: _Source) -> Tensor:
 
 
 def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
-    if x.shape[-1:] != source.weight.shape[1:]:
+    if x.shape[-1:] != source.sizes[0]:
         raise CallError(f"an input of shape {tuple(x.shape)} for a weight of {tuple(source.weight.shape)}")
-    rest = (source.logits, source.weight, source.draw, source.first, source.reduced, source.chunks, bias)
+    rest = (
+        source.logits,
+        source.weight,
+        source.draw,
+        source.first,
+        source.reduced,
+        source.chunks,
+        bias,
+        source.transposed,
+    )
     if x.dtype != torch.float32 or x.numel() == 0:
         raise NotLinearError(f"an input of {x.dtype} and shape {tuple(x.shape)}")
     if source.chunks > 1 and source.examples:
@@ -278,6 +299,35 @@ def _lstm(
     return y, h.flatten(1, 2), c.flatten(1, 2)
 
 
+def _holds_chunks(leaf: Any) -> bool:
+    """Whether an object in an output, such as the cache of a language model, holds tensors of :func:`over_chunks`.
+
+    They are worth nothing after it. What is looked at are attributes and elements, not those of tensors and modules.
+    """
+    if isinstance(leaf, Tensor):
+        return False
+    pending, seen = [leaf], set[int]()
+    while pending and len(seen) < _MOST_LOOKED_AT:
+        found = pending.pop()
+        if isinstance(found, Tensor):
+            if functorch.is_batchedtensor(found):
+                return True
+            continue
+        if id(found) in seen or isinstance(found, nn.Module | type):
+            continue
+        seen.add(id(found))
+        if isinstance(found, dict):
+            pending += found.values()
+        elif isinstance(found, list | tuple | set):
+            pending += found
+        else:
+            pending += getattr(found, "__dict__", {}).values()
+    return False
+
+
+_MOST_LOOKED_AT = 10_000
+
+
 def over_chunks(call: Callable[..., Any], batch: Batch, chunks: int, *, copy: bool) -> list[Any]:
     """The outputs of ``call`` for each of the equal chunks of a batch, computed together.
 
@@ -296,10 +346,18 @@ def over_chunks(call: Callable[..., Any], batch: Batch, chunks: int, *, copy: bo
         nonlocal rebuild, others
         args, kwargs = arguments(*slices)
         others, rebuild = flatten(call(*args, **kwargs))
+        others = [Unjoined(type(leaf).__name__) if _holds_chunks(leaf) else leaf for leaf in others]
         return tuple(leaf for leaf in others if isinstance(leaf, Tensor))
 
-    # Tensors that do not depend on the batch come back once for each chunk, as from the general route.
-    stacked = torch.func.vmap(one, randomness="different")(*tensors)
+    # What vmap does chunk by chunk, such as attention, the general route does so too: no news for the user. (Not by a
+    # filter of warnings: with each change of those Python forgets which warnings it has shown.)
+    warn: Any = functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    warn(False)
+    try:
+        # Tensors that do not depend on the batch come back once for each chunk, as from the general route.
+        stacked = torch.func.vmap(one, randomness="different")(*tensors)
+    finally:
+        warn(True)
     assert rebuild is not None
     outputs = []
     for k in range(chunks):

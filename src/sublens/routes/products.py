@@ -11,8 +11,9 @@ from sublens.noise import Draw
 
 
 def linear(
-    x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int, reduced: bool, chunks: int, bias: Tensor | None
-) -> Tensor:
+    x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int, reduced: bool, chunks: int, bias: Tensor | None,
+    transposed: bool = False,
+) -> Tensor:  # fmt: skip
     """A linear layer under K samples.
 
     Args:
@@ -24,11 +25,12 @@ def linear(
         reduced: multiply in bfloat16.
         chunks: number K.
         bias: (out) float32, contiguous, without a gradient; or ``None``.
+        transposed: weight and logits are (in, out).
 
     Returns:
         (..., out) float32.
     """
-    y: Tensor = _Linear.apply(x, logits, weight, draw, first, reduced, chunks, bias)
+    y: Tensor = _Linear.apply(x, logits, weight, draw, first, reduced, chunks, bias, transposed)
     return y
 
 
@@ -100,15 +102,17 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, logits: Tensor, weight: Tensor, draw: Draw, first: int, reduced: bool,
-        chunks: int, bias: Tensor | None,
+        chunks: int, bias: Tensor | None, transposed: bool,
     ) -> Tensor:  # fmt: skip
         # In order, as torch's own layer keeps it: a network may write into a transposed input afterwards.
         flat = _in_order(x, chunks)
         ctx.save_for_backward(flat, logits, weight)
         ctx.draw, ctx.first, ctx.reduced, ctx.shape = draw, first, reduced, x.shape  # type: ignore[attr-defined]
+        ctx.transposed = transposed  # type: ignore[attr-defined]
         # Not a view of the result: autograd would forbid the network to change that in place, as a ReLU may.
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        blocked.forward(flat, weight, logits.detach(), draw, first, bias, y.view(*flat.shape[:2], -1), reduced)
+        y = x.new_empty(*x.shape[:-1], weight.shape[1 if transposed else 0])
+        multiply = blocked.forward_transposed if transposed else blocked.forward
+        multiply(flat, weight, logits.detach(), draw, first, bias, y.view(*flat.shape[:2], -1), reduced)
         return y
 
     @staticmethod
@@ -117,14 +121,29 @@ class _Linear(torch.autograd.Function):
         wants, gradient = ctx.needs_input_grad[0], _in_order(gradient, x.shape[0])
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
         of_x: Tensor | None
-        if wants and torch.is_grad_enabled():
-            of_x, of_logits = gradients(gradient, x, weight, logits, ctx.draw, ctx.first, ctx.reduced, of_weight)
+        named = (ctx.draw, ctx.first, ctx.reduced)
+        if ctx.transposed:
+            # The roles of what comes in and of the gradient change. A graph of the latter is autograd's affair.
+            of_x = linear(gradient, logits, weight, *named, chunks=len(x), bias=None) if wants else None
+            of_logits = _of_transposed(x, gradient.detach(), weight, logits, *named, of_weight)
+        elif wants and torch.is_grad_enabled():
+            of_x, of_logits = gradients(gradient, x, weight, logits, *named, of_weight)
         else:
             of_x, of_logits = blocked.backward(
                 gradient, x, weight, logits, ctx.draw, ctx.first, wants_x=wants, reduced=ctx.reduced,
                 of_weight=of_weight,
             )  # fmt: skip
-        return None if of_x is None else of_x.view(ctx.shape), of_logits, of_weight, None, None, None, None, None
+        return None if of_x is None else of_x.view(ctx.shape), of_logits, of_weight, *(None,) * 6
+
+
+@torch.no_grad()
+def _of_transposed(
+    x: Tensor, gradient: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, reduced: bool,
+    of_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return blocked.backward(
+        x, gradient, weight, logits, draw, first, wants_x=False, reduced=reduced, of_weight=of_weight
+    )[1]
 
 
 class _Gradients(torch.autograd.Function):
