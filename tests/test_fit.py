@@ -65,6 +65,30 @@ def test_a_mask_that_had_no_time_to_close_a_gate_says_so(network: nn.Module) -> 
     assert len(told) == 1 and told[0].filename == __file__
 
 
+class CutInside(nn.Module):
+    """Uses its first layer without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.first(x).relu()
+        return self.second(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_layers_that_the_task_does_not_reach_are_named(samples: int, caplog: pytest.LogCaptureFixture) -> None:
+    x, y = torch.randn(32, 6, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
+    said = "does not reach the logits of first.weight, so the penalty alone"
+    for network, told in ((CutInside(), 1), (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), 0)):
+        caplog.clear()
+        sl.fit(network, lambda step: (x, y), lambda net, b: nn.functional.cross_entropy(net(b[0]), b[1]),
+               steps=2, samples=samples, progress=False)  # fmt: skip
+        assert sum(said in record.getMessage() for record in caplog.records) == told
+
+
 def test_a_gate_whose_training_was_to_take_longer_says_so(network: nn.Module) -> None:
     with pytest.warns(UserWarning, match="for 200 steps and was for 100.*a beta of 14.1 where 200 is the end") as told:
         run_of(network, steps=100, samples=1, alpha=0.0, gate=sl.ContinuousSparsification(200))

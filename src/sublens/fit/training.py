@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import threading
@@ -26,6 +27,8 @@ from sublens.fit.settings import OWN_FIELDS, Record, Settings
 from sublens.fit.strength import AlphaPath, Controller
 from sublens.masked_network import MaskedNetwork
 from sublens.splitting import flatten
+
+log = logging.getLogger("sublens.fit")
 
 
 class Training:
@@ -126,6 +129,8 @@ class Training:
         if not math.isfinite(value):
             self._stop_on_loss(value)
         loss.backward()
+        if first:
+            self._tell_what_is_not_reached()
         self._ranks.average_gradients(self._logits.values())
         # From here to the counters the run is in no state that a checkpoint could hold.
         with uninterrupted():
@@ -141,6 +146,17 @@ class Training:
             state.penalty += penalty
             state.alpha += sum(alpha.values()) / len(alpha) if isinstance(alpha, dict) else alpha
             state.norm += norm
+
+    def _tell_what_is_not_reached(self) -> None:
+        unreached = [name for name, logits in self._logits.items() if logits.grad is None]
+        if unreached and self._ranks.leads:
+            log.warning(
+                "sublens: the loss does not reach the logits of %s, so the penalty alone moves these gates, and shuts"
+                " them. That is right for layers which the task does not use. If the network does use them, something"
+                " in it cuts the gradient (torch.no_grad(), .detach(), .data, numpy): mend that, or leave the layers"
+                " out with where=.",
+                ", ".join(unreached),
+            )
 
     def _alpha(self) -> float | dict[str, float]:
         """Alpha of this step, of all layers or of each. The logits have the gradients of the task."""
