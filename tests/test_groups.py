@@ -655,6 +655,8 @@ def test_rows_that_a_task_does_not_need_are_shut(tmp_path: Path) -> None:
         network, lambda step: x, lambda net, batch: (net(batch) - target).square().mean(), steps=150, alpha=2e-2,
         lr=0.1, groups="row", where="0", progress=False,
     )  # fmt: skip
+    rows = run.mask.by_group(run.groupings)
+    assert rows.size == len(run.logits["0.weight"].flatten())
     assert run.mask["0.weight"].all(1).tolist() == [True, False, False, False]
     assert run.mask["0.weight"].any(1).tolist() == [True, False, False, False]
 

@@ -120,7 +120,7 @@ def test_optimizer_state_in_shards(folder: Path) -> None:
 
 
 def _without_history(run: sl.Run) -> sl.Run:
-    return sl.Run(run.mask, run.logits, [], run.stopped, run.steps, run.seconds)
+    return sl.Run(run.mask, run.logits, [], run.stopped, run.steps, run.seconds, run.groupings)
 
 
 def reference() -> sl.MaskedNetwork:

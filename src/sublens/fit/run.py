@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from sublens.fit.strength import AlphaPath, Controller
 from sublens.fit.training import Training
 from sublens.gates import ContinuousSparsification, Gate, Penalty
 from sublens.gates.ranked import RankedGate
-from sublens.groups import Groups
+from sublens.groups import Grouping, Groups
 from sublens.mask import Mask
 from sublens.masked_network import MaskedNetwork
 from sublens.ranking import Kept
@@ -46,6 +46,7 @@ class Run:
         stopped: ``"steps"`` when all steps were done, ``"settled"`` when the mask had settled before.
         steps: number of steps done.
         seconds: wall time of the training, those of the earlier processes of a resumed run included.
+        groupings: of the logits, by name: what :meth:`sublens.Mask.by_group` asks for where weights share logits.
     """
 
     mask: Mask
@@ -54,6 +55,7 @@ class Run:
     stopped: Literal["steps", "settled"]
     steps: int
     seconds: float
+    groupings: Mapping[str, Grouping]
 
 
 def fit(
@@ -264,7 +266,7 @@ def fitting(
                 f" what was trained. Give the gate the number of steps that are taken.",
                 stacklevel=4,
             )
-        return Run(mask, logits, history, stopped, state.step, training.seconds())
+        return Run(mask, logits, history, stopped, state.step, training.seconds(), masked.groupings)
 
 
 def _default_alpha(gate: Gate | None) -> float:
