@@ -142,6 +142,7 @@ def test_layers_stored_as_inputs_by_outputs_go_the_linear_route(samples, biases,
     monkeypatch.setattr(eligibility, "stores_transposed", lambda module: False)
     expected, general = found()
     assert all(general.values())
+    # Rounding of float32 in another order, through eight layers and back.
     torch.testing.assert_close(fast, expected, rtol=1e-3, atol=1e-5)
 
 

@@ -4,6 +4,7 @@ Gates are found as the products of something that depends on one logit tensor wi
 frozen weights. Relaxed samples are found as results in (0, 1) with the logits' shape (see :mod:`.shared_noise`).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -102,8 +103,8 @@ def gate_checks(
                 "Start with a higher keep probability, or lower alpha, unless the layer is meant to go.",
             )
         )
-    every = torch.cat([value.double().cpu() for value in values])
-    middle, spread = float(every.mean()), float(every.std(correction=0))
+    middle = sum(float(value.sum(dtype=torch.float64)) for value in values) / size
+    spread = math.sqrt(sum(float((value - middle).square().sum(dtype=torch.float64)) for value in values) / size)
     if 0.5 < middle < 1.0 and spread <= _SPREAD:
         all_are = f"are {lowest:.4g}" if lowest == highest else f"lie around {middle:.3g}, within {spread:.2g} or so"
         notes.append(

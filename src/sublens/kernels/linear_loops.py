@@ -401,7 +401,7 @@ def _backward(p: Any) -> None:
                                 masked_of(own, own, drawn, limit, pattern, PANEL)
                                 _accumulate(of_weight + at, own, PANEL)
                 if p[OF_INPUTS] != 0:
-                    _mask_block(scratch, sample, together, top, left, filled if in_word == 2 else rows, size, 1, p)
+                    _mask_block(scratch, sample, together, top, left, filled, size, 1, p)
                     for piece in range(i * pieces, (i + together) * pieces if p[TILED] == 1 else 0):
                         g = p[PACKED] + 4 * (piece * length * words + top // 2)
                         masked = scratch + _BLOCK + (piece // pieces - i) * _APART

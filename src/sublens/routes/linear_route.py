@@ -225,15 +225,8 @@ def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
     if x.shape[-1:] != source.sizes[0]:
         raise CallError(f"an input of shape {tuple(x.shape)} for a weight of {tuple(source.weight.shape)}")
     rest = (
-        source.logits,
-        source.weight,
-        source.draw,
-        source.first,
-        source.reduced,
-        source.chunks,
-        bias,
-        source.transposed,
-    )
+        source.logits, source.weight, source.draw, source.first, source.reduced, source.chunks, bias, source.transposed,
+    )  # fmt: skip
     if x.dtype != torch.float32 or x.numel() == 0:
         raise NotLinearError(f"an input of {x.dtype} and shape {tuple(x.shape)}")
     if source.chunks > 1 and source.examples:
