@@ -4,7 +4,7 @@ A masked weight never stands in main memory: a block is masked for each sample i
 is multiplied there. The backward pass redraws the same samples, and folds the K weight gradients of a block into the
 logits' gradient while they are in the cache. The products are our own (:func:`sublens.kernels.product.product`),
 because a library's product first copies the weight into a layout of its own, which costs as much as masking it. Where
-a chunk has so many rows that this no longer matters, the library's product multiplies larger blocks.
+a chunk has so many rows that this no longer matters, :mod:`sublens.kernels.long_chunks` does it.
 
 Shapes: K samples, m rows in each sample's chunk, the weight is (out, in), or (in, out) where it is called transposed.
 """
@@ -16,8 +16,7 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sublens.kernels import cpu, reference, threads
+from sublens.kernels import cpu, long_chunks, reference, threads
 from sublens.noise import Draw
 
 
@@ -139,7 +138,7 @@ def forward(
     if m >= _long(samples, reduced):
         assert isinstance(x, Tensor)
         assert isinstance(out, Tensor)
-        _forward_long(out, x, weight, logits, draw, first, reduced)
+        long_chunks.forward(out, x, weight, logits, draw, first, reduced)
         out = out if bias is None else out.add_(bias)
         out = out.relu_() if rectified else out
         return out.copy_(out.bfloat16()) if rounded else out
@@ -192,7 +191,11 @@ def backward(
     if m >= _long(samples, reduced):
         assert isinstance(x, Tensor)
         assert isinstance(gradient, Tensor)
-        of_x, of_logits = _backward_long(gradient, x, weight, logits, draw, first, wants_x, reduced, of_weight)
+        of_x, of_logits = torch.empty_like(x) if wants_x else None, _for_gradient(logits)
+        long_chunks.backward(
+            gradient, x, weight, logits, draw, first, of_x=of_x, of_logits=of_logits, of_weight=of_weight,
+            reduced=reduced,
+        )  # fmt: skip
         if of_x is not None and rectified:
             of_x.masked_fill_(x <= 0, 0)
         if of_x is not None and rounded:
@@ -248,7 +251,7 @@ def forward_transposed(
     (samples, m, height), width = x.shape, weight.shape[1]
     out = weight.new_empty(samples, m, width) if out is None else out
     if m >= _long(samples, reduced):
-        _transposed_long(out, x, weight, logits, draw, first, reduced)
+        long_chunks.forward_transposed(out, x, weight, logits, draw, first, reduced)
     else:
         loops, count, tiled = cpu.compiled("linear_loops"), torch.get_num_threads(), reduced and by_tiles()
         wide = _wide(samples, m, width, tiled, count)
@@ -277,8 +280,6 @@ def _wide(samples: int, m: int, width: int, tiled: bool, count: int) -> int:
 _INPUTS = 2**20
 """Numbers of the inputs that a thread holds at a time."""
 
-_BLOCK = 2**20  # masked weights that the library's product is given at a time
-
 
 @functools.cache
 def _long(samples: int, reduced: bool) -> int:
@@ -293,102 +294,6 @@ def _long(samples: int, reduced: bool) -> int:
         return max(256, (2048 if reduced else 8192) // samples)
     keeps_up = product.KEEPS_UP or (product.KEEPS_UP_WITH_FEW and samples <= 2)
     return 512 if keeps_up and not reduced else 256
-
-
-def _blocks(samples: int, weight: Tensor) -> Iterator[slice]:
-    height, width = weight.shape
-    rows = max(1, _BLOCK // (samples * width))
-    for top in range(0, height, rows):
-        yield slice(top, min(top + rows, height))
-
-
-_blocks_held = threads.Scratch(), threads.Scratch()
-
-
-def _block_of(*shape: int, number: int = 0) -> Tensor:
-    """Memory for float32 numbers of a block, the same in every call: first or second."""
-    return _blocks_held[number].of(4 * math.prod(shape)).view(torch.float32).view(shape)
-
-
-def _forward_long(y: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, reduced: bool) -> None:
-    samples, _, width = x.shape
-    x = _in_precision(x, reduced)
-    for rows in _blocks(samples, weight):
-        masked = _block_of(samples, rows.stop - rows.start, width)
-        where = {"begin": rows.start * width, "before": first * width}
-        cpu.walk(weight, logits, draw, masked=masked, samples=samples, **where)
-        for k in range(samples):
-            _multiply(x[k], _in_precision(masked[k], reduced).T, y[k, :, rows])
-
-
-def _transposed_long(
-    y: Tensor, x: Tensor, weight: Tensor, logits: Tensor, draw: Draw, first: int, reduced: bool
-) -> None:
-    samples, width = len(x), weight.shape[1]
-    x = _in_precision(x, reduced)
-    y.zero_()
-    for rows in _blocks(samples, weight):
-        masked = _block_of(samples, rows.stop - rows.start, width)
-        where = {"begin": rows.start * width, "before": first * width}
-        cpu.walk(weight, logits, draw, masked=masked, samples=samples, **where)
-        for k in range(samples):
-            _add_product(y[k], x[k, :, rows], masked[k])
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a product to a float32 matrix, in the precision of its first factor."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b.to(a.dtype))
-
-
-@torch.no_grad()  # where a graph of the gradient is asked for, there is none, as for short chunks
-def _backward_long(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    draw: Draw,
-    first: int,
-    wants_x: bool,
-    reduced: bool,
-    of_weight: Tensor | None,
-) -> tuple[Tensor | None, Tensor]:
-    samples, _, width = x.shape
-    of_x, of_logits = torch.zeros_like(x) if wants_x else None, _for_gradient(logits)
-    x, gradient = _in_precision(x, reduced), _in_precision(gradient, reduced)
-    for rows in _blocks(samples, weight):
-        of_weights = _block_of(samples, rows.stop - rows.start, width, number=1)
-        for k in range(samples):
-            _multiply(gradient[k, :, rows].T, x[k], of_weights[k])
-        masked = _block_of(samples, rows.stop - rows.start, width) if wants_x else None
-        where = {"begin": rows.start * width, "before": first * width}
-        cpu.walk(
-            weight, logits, draw, masked=masked, gradient=of_weights, result=of_logits[rows], samples=samples, **where
-        )
-        if of_weight is not None:
-            of_weight[rows] = 0
-            for k in range(samples):
-                of_sample, of_block = replace(draw, sample=draw.sample + k), torch.empty_like(of_weights[k])
-                cpu.walk(of_weights[k], logits[rows], of_sample, masked=of_block, before=(first + rows.start) * width)
-                of_weight[rows] += of_block
-        if of_x is not None and masked is not None:
-            for k in range(samples):
-                _add_product(of_x[k], gradient[k, :, rows], masked[k])
-    return of_x, of_logits
-
-
-def _in_precision(x: Tensor, reduced: bool) -> Tensor:
-    return x.bfloat16() if reduced else x
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Write a product of float32 or bfloat16 matrices as float32 numbers."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
 
 
 _LARGE = 2**18  # numbers from which on the allocator gives freed memory back to the system
