@@ -239,7 +239,7 @@ def test_no_false_alarm(gate: Gate, build: Any, penalty: str) -> None:
     loop = Loop(build, gate, PENALTIES[penalty])
     said = diagnose(loop.loss(), loop.logits, loop.optimizer)
     assert said.findings == ()
-    assert "all is well" in str(said)
+    assert "nothing was found that stops this mask" in str(said)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -1003,8 +1003,76 @@ def test_every_text_is_whole() -> None:
 def test_printed() -> None:
     loop = Loop(penalty=PENALTIES["paper"])
     good = str(diagnose(*step_of(loop)))
-    assert good.startswith("Diagnosis: all is well, nothing stops this mask from training.\n272 logits in 2 tensor(s)")
-    assert "1 note (no reason to stop):\n\n- penalty-unbounded\n   seen  The penalty is linear" in good
+    assert good.startswith(
+        "Diagnosis: nothing was found that stops this mask from training, but see the note below.\n"
+        "272 logits in 2 tensor(s)"
+    )
+    assert (
+        "1 note (right in some loops, wrong in others):\n\n- penalty-unbounded\n   seen  The penalty is linear" in good
+    )
     bad = str(diagnose(*no_learning_rate()))
     assert bad.startswith("Diagnosis: 1 finding. This mask will not train as it should.")
     assert "1. learning-rate-zero\n   seen  The optimizer's learning rate is 0 for '0.weight', '2.weight'." in bad
+
+
+# --- One probability too many, one seed too many, and penalties that shut nothing ----------------------------------
+
+
+@pytest.mark.parametrize("gate", [hard_minus_soft, hard_concrete, sigmoid_score, threshold])
+@pytest.mark.parametrize("start", [0.0, START, None])
+def test_a_probability_taken_for_a_logit(gate: Gate, start: float | None) -> None:
+    loop = Loop(gate=lambda logit, one: gate(torch.sigmoid(logit)), start=start)
+    assert codes(loop.loss(), loop.logits, loop.optimizer) == ["sigmoid-twice"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("start", [0.0, START, None])
+def test_logits_squashed_into_an_interval_are_fine(start: float | None, seed: int) -> None:
+    """5 * (2 * sigmoid(x) - 1) is tanh by another name."""
+    loop = Loop(gate=lambda logit, one: hard_minus_soft(10 * torch.sigmoid(logit) - 5), start=start)
+    torch.manual_seed(seed)
+    assert codes(loop.loss(), loop.logits, loop.optimizer) == []
+
+
+@pytest.mark.parametrize("start", [0.0, START, None])
+def test_noise_seeded_anew_for_every_layer(start: float | None) -> None:
+    def seeded(logit: Tensor, one: bool) -> Tensor:
+        torch.manual_seed(7)
+        return hard_minus_soft(logit)
+
+    loop = Loop(gate=seeded, start=start)
+    said = diagnose(loop.loss(), loop.logits, loop.optimizer)
+    assert [finding.code for finding in said.findings] == ["noise-repeated"]
+    assert "'0.weight', '2.weight'" in said.findings[0].seen
+
+
+@pytest.mark.parametrize("name", ["square", "L1", "norm", "product"])
+@pytest.mark.parametrize("gate", [hard_minus_soft, sigmoid_score])
+def test_a_penalty_of_the_logits_size_is_noted(gate: Gate, name: str) -> None:
+    penalties = {
+        **PENALTIES,
+        "norm": lambda logits: 1e-3 * torch.cat([x.flatten() for x in logits.values()]).norm(),
+        "product": lambda logits: 1e-3 * sum((x * x).mean() for x in logits.values()),
+    }
+    loop = Loop(gate=gate, penalty=penalties[name])
+    assert notes(loop.loss(), loop.logits, loop.optimizer) == ["penalty-of-size"]
+
+
+@pytest.mark.parametrize("penalty", [name for name in PENALTIES if name not in ("square", "L1")])
+def test_other_penalties_are_not_of_the_logits_size(penalty: str) -> None:
+    loop = Loop(penalty=PENALTIES[penalty])
+    assert "penalty-of-size" not in notes(loop.loss(), loop.logits, loop.optimizer)
+
+
+def test_a_square_beside_a_count_is_no_penalty_of_size() -> None:
+    """Then it bounds the logits, which is sound."""
+    loop = Loop(penalty=PENALTIES["expected"])
+    loss = loop.loss() + PENALTIES["square"](loop.logits)
+    assert "penalty-of-size" not in notes(loss, loop.logits, loop.optimizer)
+
+
+def test_a_diagnosis_with_notes_says_so_at_once() -> None:
+    loop = Loop(penalty=PENALTIES["square"])
+    assert str(diagnose(loop.loss(), loop.logits)).startswith(
+        "Diagnosis: nothing was found that stops this mask from training, but see the note below."
+    )

@@ -45,11 +45,12 @@ class Diagnosis:
         if self.findings:
             head = f"Diagnosis: {_count(len(self.findings), 'finding')}. This mask will not train as it should."
         else:
-            head = "Diagnosis: all is well, nothing stops this mask from training."
+            head = "Diagnosis: nothing was found that stops this mask from training"
+            head += f", but see {'the note' if len(self.notes) == 1 else 'the notes'} below." if self.notes else "."
         blocks = [f"{head}\n{textwrap.fill(self.summary, _WIDTH)}"]
         blocks += [f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)]
         if self.notes:
-            blocks.append(f"{_count(len(self.notes), 'note')} (no reason to stop):")
+            blocks.append(f"{_count(len(self.notes), 'note')} (right in some loops, wrong in others):")
             blocks += [f"- {note}" for note in self.notes]
         return "\n\n".join(blocks)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from sublens.diagnosis.findings import Finding
-from sublens.diagnosis.graph import RESHAPES, Edge, Graph, edges, gradient_at, kind, saved, shape_of
+from sublens.diagnosis.graph import LINEAR, RESHAPES, Edge, Graph, edges, gradient_at, kind, saved, shape_of
 from sublens.diagnosis.inputs import listed
 
 _SATURATED = 15.0  # sigmoid(15) * (1 - sigmoid(15)) is 3e-7: below float32 rounding of anything it is added to
@@ -72,15 +72,21 @@ def orientation_of(slopes: Mapping[str, Tensor]) -> int:
     return -1 if sum(float(slope.double().sum()) for slope in slopes.values()) < 0 else 1
 
 
+def scores_of(slopes: Mapping[str, Tensor]) -> set[str]:
+    """Names of what is learned but is no log-odds of a keep probability, by its slopes."""
+    return {name for name, slope in slopes.items() if float(slope.abs().mean()) >= _SCORE_SLOPE}
+
+
 def gate_checks(
     graph: Graph, logits: Mapping[str, Tensor], uses: list[Use], slopes: Mapping[str, Tensor]
 ) -> tuple[list[Finding], list[Finding]]:
-    """Findings and notes on saturated logits, and on gates that are all open or all shut."""
+    """Findings and notes on saturated logits, gates that cannot shut, and gates that are all open or all shut."""
     findings: list[Finding] = []
     notes: list[Finding] = []
-    scores = {name for name, slope in slopes.items() if float(slope.abs().mean()) >= _SCORE_SLOPE}
+    scores = scores_of(slopes)
     logits = {name: logit for name, logit in logits.items() if name not in scores}
     _saturation(logits, findings, notes)
+    findings += _sigmoid_twice(graph, uses)
     values = [logit.detach().flatten() for logit in logits.values()]
     size = sum(value.numel() for value in values)
     if size == 0:
@@ -137,6 +143,68 @@ def _saturation(logits: Mapping[str, Tensor], findings: list[Finding], notes: li
         "    with torch.no_grad(): logit.clamp_(-10, 10)",
     )
     (findings if 2 * total > size or whole else notes).append(saturated)
+
+
+def _sigmoid_twice(graph: Graph, uses: list[Use]) -> list[Finding]:
+    """Gates whose logits went through a sigmoid before: those lie above 0, so that no gate can shut."""
+    floors: list[Tensor] = []
+    names: list[str] = []
+    for use in uses:
+        for node in graph.below(use.gate):
+            floor = _floor(graph, node) if kind(node) == "Sigmoid" else None
+            if floor is not None and floor.numel():
+                floors.append(floor)
+                names.append(use.name)
+    if not floors:
+        return []
+    # Where the inner sigmoid is 0 the outer one's log-odds are noise around 0; one that squashes logits into an
+    # interval around 0, which is sound, has been shifted by half of its height.
+    all_floors = torch.cat(floors)
+    error = float(all_floors.std()) / math.sqrt(all_floors.numel()) if all_floors.numel() > 1 else math.inf
+    if float(all_floors.mean()) - 2 * error < -0.4:
+        return []
+    return [
+        Finding(
+            "sigmoid-twice",
+            f"The gates of {listed(list(dict.fromkeys(names)))} are sigmoids of sigmoids.",
+            "A probability is taken for a logit: what comes out of the first sigmoid lies between 0 and 1, so the "
+            "second never gives a keep probability below 0.5, and no penalty can shut a gate.",
+            "Give the logit itself to the gate:\n    soft = torch.sigmoid((logit + noise) / temperature)",
+        )
+    ]
+
+
+def _floor(graph: Graph, outer: Node) -> Tensor | None:
+    """Log-odds of the outer sigmoid's result were the inner one 0, in multiples of the inner one's factor."""
+    (operand, *_) = edges(outer)
+    inner = None if operand is None else _sigmoid_within(graph, operand)
+    if operand is None or inner is None:
+        return None
+    above, below = saved(outer, "result"), saved(inner, "result")
+    if not isinstance(above, Tensor) or not isinstance(below, Tensor) or above.shape != below.shape:
+        return None
+    try:
+        (factor,) = gradient_at([(operand, 1.0)], [GradientEdge(inner, 0)], device=above.device)
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    if factor is None or factor.shape != below.shape or not bool((factor > 0).all()):
+        return None
+    read = (above > 1e-5) & (above < 1 - 1e-5)
+    return (torch.logit(above[read].detach().double()) / factor[read].double() - below[read].detach().double()).cpu()
+
+
+def _sigmoid_within(graph: Graph, operand: Edge) -> Node | None:
+    """The sigmoid of logits that the operand is made of by sums and factors alone."""
+    pending: list[Edge | None] = [operand]
+    while pending:
+        edge = pending.pop()
+        if edge is None or not graph.reach(edge):
+            continue
+        if kind(edge[0]) == "Sigmoid":
+            return edge[0]
+        if kind(edge[0]) in LINEAR and not hasattr(edge[0], "variable"):
+            pending += edges(edge[0])
+    return None
 
 
 def _all_gates(opened: bool, seen: str) -> Finding:

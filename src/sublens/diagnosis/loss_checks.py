@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from sublens.diagnosis.findings import Finding
-from sublens.diagnosis.graph import Graph, Term, gradient_at, terms_of
+from sublens.diagnosis.graph import RESHAPES, Graph, Term, edges, gradient_at, kind, saved, terms_of
 from sublens.diagnosis.inputs import listed, shapes
 from sublens.diagnosis.replay import Replay
 
@@ -216,11 +216,12 @@ def _others_train(others: list[Tensor], held: set[int]) -> list[Finding]:
     return found
 
 
-def penalty_checks(reading: LossReading, logits: Mapping[str, Tensor], orientation: int) -> None:
-    """Penalty detached, of the wrong sign, or unbounded. Adds to the reading's findings and notes.
+def penalty_checks(reading: LossReading, logits: Mapping[str, Tensor], orientation: int, log_odds: bool) -> None:
+    """Penalty detached, of the wrong sign, unbounded, or of the logits' size. Adds to the reading's findings and notes.
 
     Args:
         orientation: 1 if a gate opens as its logit grows, -1 if it shuts.
+        log_odds: whether gates were seen, and have the slopes of sigmoids: 0 then is a keep probability of one half.
     """
     if reading.constant and reading.task and not reading.penalties:
         reading.findings.append(_penalty_detached(reading.constant))
@@ -236,6 +237,37 @@ def penalty_checks(reading: LossReading, logits: Mapping[str, Tensor], orientati
         )
     if reading.penalties and (reading.task or reading.constant):
         _penalty_direction(reading, logits, orientation)
+    sizes = [term for term in reading.penalties if _is_size(reading.graph, term)]
+    if log_odds and sizes and len(sizes) == len(reading.penalties):
+        reading.notes.append(
+            Finding(
+                "penalty-of-size",
+                "The penalty is of the logits' size (an L1 or L2 norm, or squares).",
+                "It pulls every logit towards 0, which is a keep probability of one half, from above and from below: "
+                "shut gates are opened, and the mask does not become sparse.",
+                "Penalise open gates: alpha * sum(torch.sigmoid(logit).sum() for logit in logits)",
+            )
+        )
+
+
+def _is_size(graph: Graph, term: Term) -> bool:
+    """Whether the term is made of even functions of the logits themselves."""
+    return any(_is_even(node) and _is_logits(graph, node) for node in graph.below(term.edge))
+
+
+def _is_even(node: Node) -> bool:
+    name, operands = kind(node), edges(node)
+    if name == "Pow":
+        return saved(node, "exponent") in (2, 4)
+    if name == "Mul":
+        return len(operands) == 2 and operands[0] is not None and operands[0] == operands[1]
+    return name in ("Abs", "Norm", "LinalgVectorNorm")
+
+
+def _is_logits(graph: Graph, node: Node) -> bool:
+    (operand, *_) = edges(node)
+    plain = RESHAPES | {"Cat", "Stack", "Accumulate"}
+    return operand is not None and graph.reach(operand) != 0 and all(kind(n) in plain for n in graph.below(operand))
 
 
 def _penalty_direction(reading: LossReading, logits: Mapping[str, Tensor], orientation: int) -> None:

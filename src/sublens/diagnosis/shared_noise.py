@@ -1,4 +1,4 @@
-"""Is one noise value shared by all gates of a layer?
+"""Is one noise value shared by all gates of a layer, or one layer's noise by another layer?
 
 A relaxed sample is sigmoid((logit + noise) / temperature). Where the graph kept samples, their log-odds give the noise
 back, up to a factor: if they are one line in the logits, then noise is one number. A gate without noise gives a line as
@@ -20,6 +20,8 @@ from sublens.diagnosis.replay import Replay
 
 _BLOCK = 16  # a corner of 16 x 16 elements tells as much as the whole layer
 _FEWEST = 4
+_PREFIX = 256  # as many elements of a layer are compared with another's
+_FEWEST_ALIKE = 16  # with noise of one byte's resolution, as many equal ones by chance are impossible
 _EDGE = 1e-5  # log-odds of samples nearer to 0 or 1 than this are mostly rounding
 
 
@@ -46,11 +48,14 @@ def noise_checks(
     everything = {node for edge in task for node in graph.below(edge)}
     offsets: list[_Offset] = []
     rows: list[str] = []
+    drawn_noise: dict[str, _Noise] = {}
     for index, (name, logit) in enumerate(logits.items()):
         if logit.numel() < _FEWEST or not logit.is_floating_point():
             continue
         nodes = relevant if name in gated else everything
         for sample in _samples(graph, nodes, 1 << index, logit):
+            if (noise := _noise_of(sample, logit)) is not None:
+                drawn_noise.setdefault(name, noise)
             shared = _read(name, sample, logit)
             if isinstance(shared, _Offset):
                 offsets.append(shared)
@@ -61,6 +66,17 @@ def noise_checks(
     if not drawn and len({round(offset.offset, 2) for offset in shifted}) > 1:
         drawn = shifted  # another number in each layer or sample: drawn, and not written down
     findings = [_shared(drawn)] if drawn else []
+    if twins := _repeated(drawn_noise):
+        findings.append(
+            Finding(
+                "noise-repeated",
+                f"The gates of {listed(twins)} were drawn with the same noise, element by element.",
+                "Their gates open and shut together: when one layer's gate is shut, so is its like in the others, and "
+                "the gradient cannot say which of them mattered. Usually the generator is seeded anew before each "
+                "layer, or one noise tensor serves them all.",
+                "Seed once, before training, and draw in turn for every layer: torch.rand_like(logit).",
+            )
+        )
     notes = []
     if shifted and not drawn:
         notes.append(
@@ -81,6 +97,45 @@ def noise_checks(
             )
         )
     return findings, notes
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """The noise of a draw's first elements, in log-odds over temperature. ``inner``: where it could be read."""
+
+    values: Tensor
+    inner: Tensor
+    error: float
+
+
+def _noise_of(sample: "_Sample", logit: Tensor) -> _Noise | None:
+    """What a draw added to its logits, element by element; ``None`` where that is not known, or is one number."""
+    if sample.slope is None:
+        return None
+    values, slope, at = (
+        tensor.flatten()[:_PREFIX] for tensor in (sample.values, sample.slope, logit.detach().double())
+    )
+    inner = (values > _EDGE) & (values < 1 - _EDGE)
+    if int(inner.sum()) < _FEWEST_ALIKE:
+        return None
+    noise = torch.logit(values.clamp(_EDGE, 1 - _EDGE)) - slope * at
+    error = float((2e-7 / (values[inner] * (1 - values[inner]))).max()) + 1e-5
+    return None if float(noise[inner].std()) < max(0.05, 8 * error) else _Noise(noise, inner, error)
+
+
+def _repeated(drawn: Mapping[str, _Noise]) -> list[str]:
+    """Layers whose noise is that of another layer."""
+    names = list(drawn)
+    found: set[str] = set()
+    for index, first in enumerate(names):
+        for second in names[index + 1 :]:
+            one, other = drawn[first], drawn[second]
+            size = min(len(one.values), len(other.values))
+            both = one.inner[:size] & other.inner[:size]
+            apart = (one.values[:size] - other.values[:size])[both].abs()
+            if len(apart) >= _FEWEST_ALIKE and float(apart.max()) <= 4 * (one.error + other.error):
+                found |= {first, second}
+    return [name for name in names if name in found]
 
 
 def _shared(offsets: list[_Offset]) -> Finding:
