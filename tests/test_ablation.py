@@ -132,6 +132,11 @@ def test_thinning_takes_a_share() -> None:
         thinned(Mask.full(network), 1.5, seed=0)
 
 
+def test_one_fraction_is_asked_for_as_a_list(network: nn.Module, mask: Mask) -> None:
+    with pytest.raises(SettingError, match=r"write fractions=\[0\.05\]"):
+        minimality(network, mask, {}, fractions=0.05)  # type: ignore[arg-type]
+
+
 def test_minimality_and_completeness_measure_what_they_say(network: nn.Module, mask: Mask) -> None:
     found = minimality(network, mask, METRICS, fractions=(0.5,), draws=2)
     half = sum(count - round(0.5 * count) for count in mask.kept_counts().values()) / mask.size
@@ -166,6 +171,9 @@ def test_the_t_interval_is_students() -> None:
     mean, low, high = t_interval([1.0, 2.0, 3.0])
     assert (mean, low, high) == pytest.approx((2, 2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), abs=1e-4)
     assert t_interval([5.0]) == (5.0, -math.inf, math.inf)
+    assert t_interval(torch.tensor([1.0, 2.0, 3.0])) == (mean, low, high)
+    with pytest.raises(SettingError, match="a flat sequence of numbers"):
+        t_interval(torch.ones(2, 2))
     with pytest.raises(SettingError, match="over 0 values"):
         t_interval([])
 

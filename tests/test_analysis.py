@@ -215,6 +215,28 @@ def test_measuring_is_in_evaluation_mode_and_puts_the_flags_back(network: nn.Mod
     assert [module.training for module in network] == [True, True, False, True, True]
 
 
+class Normalised(nn.Module):
+    """Rows divided by their norms, as under weight_norm. What it gives is a mapping, as Hugging Face's networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": x @ (self.weight / self.weight.norm(dim=1, keepdim=True)).t()}
+
+
+def test_accuracies_of_nan_are_warned_of() -> None:
+    network, x = Normalised(), torch.randn(6, 4)
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    keep[1] = False
+    metrics = {"class 1": lambda net: (net(x)["logits"].argmax(1) == 1).double().mean()}
+    with pytest.warns(UserWarning, match="Among what the network under the mask gives is NaN"):
+        assert accuracies(network, metrics, Mask({"weight": keep}, network)) == {"class 1": 1.0}
+    accuracies(network, metrics, Mask({"weight": ~keep | keep}, network))  # a warning would be an error here
+    assert not network._forward_hooks
+
+
 def test_the_first_half_is_the_larger_one() -> None:
     assert first_half(["a", "b", "c"]) == ["a", "b"]
     assert first_half(["a", "b"]) == ["a"]

@@ -749,3 +749,8 @@ def test_ctrl_c_leaves_a_run_to_resume(network: nn.Module, tmp_path: Path, where
     whole = run_of(network, folder=tmp_path / "whole", **settings)
     assert_same_logits(resumed, whole)
     assert (tmp_path / "struck/history.jsonl").read_bytes() == (tmp_path / "whole/history.jsonl").read_bytes()
+
+
+def test_training_under_inference_mode_is_refused(network: nn.Module) -> None:
+    with torch.inference_mode(), pytest.raises(sl.SettingError, match="nothing can be trained"):
+        sl.fit(network, lambda step: torch.randn(4, 6), lambda net, x: net(x).mean(), steps=1, progress=False)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from sublens.inspection import network as network_module
 from sublens.mask import Mask
 from sublens.masked_network import MaskedNetwork
 from sublens.questions import BINS, stability_of
-from sublens.storage import load_weights
+from sublens.storage import held, load_weights
 from sublens.study import Asked, Study, Task, seed_from
 
 STEPS = 60
@@ -419,7 +420,8 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(finished: Path, tmp_pa
     assert not (tmp_path / "run" / "result.json").exists()
     run(tmp_path / "run", make_study(at_batch), resume=True)
     assert contents(tmp_path / "run") == contents(finished)
-    assert calls == TRIED + 5 * STEPS + 1  # Ctrl-C leaves a checkpoint of the very step
+    # Ctrl-C leaves a checkpoint of the very step; its batch is drawn once more, to be compared.
+    assert calls == TRIED + 5 * STEPS + 2
 
 
 KILLED = """
@@ -512,6 +514,85 @@ def test_a_folder_in_use_is_refused(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "damaged" / "config.json").write_text("{")
     with pytest.raises(FileError, match="cannot be read as JSON"):
         run(tmp_path / "damaged", resume=True)
+
+
+def test_a_folder_in_which_another_run_writes_is_refused(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = contents(folder)
+    with held(folder), pytest.raises(FileError, match="Another run is writing"):
+        run(folder, resume=True)
+    assert contents(folder) == before
+    run(folder, resume=True)
+    assert not (folder / ".lock").exists()
+
+
+def in_any_order(found: dict[str, bytes]) -> dict[str, Any]:
+    """A part that is made again has its records at the history's end."""
+    return {**found, "history.jsonl": sorted(found["history.jsonl"].splitlines()), "parts.json": None}
+
+
+def test_a_part_that_is_missing_is_made_again_even_with_a_result(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for gone in ("masks/high.safetensors", "network.safetensors"):
+        shutil.copytree(finished, folder, dirs_exist_ok=True)
+        (folder / gone).unlink()
+        run(folder, resume=True)
+        assert in_any_order(contents(folder)) == in_any_order(contents(finished))
+
+
+@pytest.mark.parametrize("name", ["masks/high.safetensors", "network.safetensors", "result.json", "parts.json"])
+def test_what_is_damaged_is_made_again_when_it_is_deleted(finished: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "result.json").unlink()
+    damaged = folder / name
+    damaged.write_bytes((finished / name).read_bytes()[:40])
+    with pytest.raises(FileError, match=re.escape(f"{damaged}") + ".* --resume makes it again"):
+        run(folder, resume=True)
+    damaged.unlink()
+    run(folder, resume=True)
+    if name != "parts.json":  # of which wall times and histograms are lost for good
+        assert in_any_order(contents(folder)) == in_any_order(contents(finished))
+
+
+def test_a_line_of_the_history_that_is_no_record_is_named(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "masks" / "high.safetensors").unlink()
+    with open(folder / "history.jsonl", "a") as file:
+        file.write('{"part')
+    with pytest.raises(FileError, match=r"holds a line that is no record: '{\"part'"):
+        run(folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "function", "said"),
+    [
+        ("batches", lambda seed: None, r"batches is called as batches\(step, seed=...\), which does not fit \(seed\)"),
+        ("batches", lambda: None, r"batches\(step\), which does not fit \(\): too many positional arguments"),
+        ("loss", lambda net: None, r"loss\(net, batch\), which does not fit \(net\)"),
+        ("metric", lambda net, data: None, r"metric\(net\), which does not fit .*missing a required argument: 'data'"),
+        ("left_out", lambda: 0.0, r"Task 'low': left_out is called as left_out\(net\)"),
+    ],
+)
+def test_a_function_of_a_task_that_cannot_be_called_as_it_will_be(field: str, function: Any, said: str) -> None:
+    with pytest.raises(StudyError, match=said):
+        dataclasses.replace(task("low", [0]), **{field: function})
+
+
+@pytest.mark.parametrize(
+    ("field", "function", "said"),
+    [
+        ("network", lambda: nn.Linear(4, 4), r"Study 'copy': network is called as network\(seed\)"),
+        ("confusion", lambda: {}, r"confusion\(net\), which does not fit \(\)"),
+        ("questions", {"why": lambda: None}, r"the question why is called as why\(asked\)"),
+    ],
+)
+def test_a_function_of_a_study_that_cannot_be_called_as_it_will_be(field: str, function: Any, said: str) -> None:
+    with pytest.raises(StudyError, match=said):
+        make_study(**{field: function})
+    assert make_study(network=lambda *seeds, width=4: nn.Linear(4, width)).name == "copy"
 
 
 def test_an_empty_folder_and_a_new_one_can_be_resumed_into(tmp_path: Path) -> None:

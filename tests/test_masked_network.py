@@ -918,6 +918,16 @@ def test_the_module_in_a_data_parallel_one_is_asked_for() -> None:
         sl.MaskedNetwork(nn.DataParallel(mlp()))
 
 
+def test_torchscript_is_refused_by_the_name_of_its_part() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.trace(nn.Linear(4, 2), torch.randn(3, 4))
+    with pytest.raises(SettingError, match="The network is a TorchScript module"):
+        sl.MaskedNetwork(scripted)
+    with pytest.raises(SettingError, match=r"^1 is a TorchScript module"):
+        sl.MaskedNetwork(nn.Sequential(nn.Linear(4, 4), scripted))
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -1,5 +1,6 @@
 """A run that is killed at any moment is resumed to the bit-identical mask, logits and history."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -308,6 +309,46 @@ def test_a_run_is_not_overwritten(network: nn.Module, tmp_path: Path, name: str)
     with pytest.raises(sl.SettingError, match=r"already holds a run\. Pass resume=True"):
         run_of(network, tmp_path)
     assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["function", "list"])
+def test_batches_that_are_no_pure_function_are_noticed(network: nn.Module, tmp_path: Path, kind: str) -> None:
+    calls = itertools.count()
+
+    def impure(step: int) -> tuple[Tensor, Tensor]:
+        x, y = batches(step)
+        return x + next(calls), y
+
+    given = impure if kind == "function" else [impure(step) for step in range(12)]
+    run_of(network, tmp_path, batches=given, steps=4)
+    given = impure if kind == "function" else [impure(step) for step in range(12)]
+    with pytest.warns(UserWarning, match="another batch for step 3 than before the run was interrupted"):
+        run_of(network, tmp_path, batches=given, resume=True)
+
+
+def test_batches_that_a_loss_changes_in_place_are_not_taken_for_others(network: nn.Module, tmp_path: Path) -> None:
+    def spoil(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        batch[0].mul_(2.0)
+        return loss(net, batch)
+
+    run_of(network, tmp_path, loss=spoil, steps=4)
+    run_of(network, tmp_path, loss=spoil, resume=True)  # a warning would be an error
+
+
+def test_one_process_at_a_time_writes_a_run(network: nn.Module, tmp_path: Path) -> None:
+    """Also in one process, as from a callback; what is left of a process that was killed holds nobody up."""
+    refused = []
+
+    def begin_another(_: object) -> None:
+        with pytest.raises(sl.FileError, match=r"Another run is writing in .* give another folder"):
+            run_of(network, tmp_path, resume=True)
+        refused.append(1)
+
+    (tmp_path / ".lock").touch()
+    run = run_of(network, tmp_path, callbacks=[begin_another])
+    assert refused
+    assert not (tmp_path / ".lock").exists()
+    assert_same(run, run_of(network, tmp_path, resume=True))
 
 
 def test_resume_without_a_run_begins_one(network: nn.Module, tmp_path: Path) -> None:

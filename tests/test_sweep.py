@@ -268,9 +268,26 @@ def test_the_table_by_hand():
     reused = one.find(("reused", "t", ""))
     assert (reused.values, reused.chance.mean, reused.name) == ((0.25, 0.5), 0, "t: reused share")
     assert one.verdicts == {"reuse": {"holds": 1, "fails": 1, "undecided": 0}}
-    # Student's t with one degree of freedom: 12.7062 standard errors (0.25) either way.
-    assert own.seen.interval == pytest.approx((0.75 - 12.7062 * 0.25, 0.75 + 12.7062 * 0.25), abs=1e-4)
+    # Student's t with one degree of freedom: 12.7062 standard errors (0.25) either way; accuracies lie in 0..1.
+    index = one.find(("index", "t and u", ""))
+    assert index.seen.interval == pytest.approx((-0.25 - 12.7062 * 0.25, -0.25 + 12.7062 * 0.25), abs=1e-4)
+    assert own.seen.interval == (0.0, 1.0)
+    assert not one.one_network
     assert two.find(("kept", "t", "")).seen.interval is None
+
+
+def test_runs_on_one_network_say_so():
+    given, other = {"network_file_sha256": "ab"}, {"network_file_sha256": "cd"}
+    rows = tabulate([
+        ({"size": 1, "seed": 0}, run_with(0, 0.5, 0.25, settings=given)),
+        ({"size": 1, "seed": 1}, run_with(1, 0.5, 0.25, settings=given)),
+        ({"size": 2, "seed": 0}, run_with(0, 0.5, 0.25, settings=given)),
+        ({"size": 2, "seed": 1}, run_with(1, 0.5, 0.25, settings=other)),
+    ])  # fmt: skip
+    assert [row.one_network for row in rows] == [True, False]
+    assert "Under size 1 all runs were given the same trained weights" in sweep_page("s", rows).html
+    assert '<p class="note">All runs were given' in sweep_page("s", rows[:1]).html
+    assert "trained weights" not in sweep_page("s", rows[1:]).html
 
 
 def test_the_page_needs_nothing_else_and_believes_no_name():

@@ -7,7 +7,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -232,7 +232,7 @@ def _tell(outcome: "Outcome", ended: int, total: int) -> None:
     typer.echo(f"{ended} of {total}: {outcome.name}: {status}", err=True)
 
 
-def _show_rows(rows: "Iterable[Row]", folder: Path, files: str) -> None:
+def _show_rows(rows: "Sequence[Row]", folder: Path, files: str) -> None:
     from sublens.report import written
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -246,6 +246,11 @@ def _show_rows(rows: "Iterable[Row]", folder: Path, files: str) -> None:
             table.add_row(f"  {measure.name}", seen, chance, str(measure.seen.n))
     console = _console()
     console.print(table)
+    if any(row.one_network for row in rows):
+        console.print(
+            "\nRuns were given the same trained weights: their spread is that of masks of this one network.",
+            soft_wrap=True,
+        )
     console.print()
     for kind in ("json", "csv", "html"):
         console.print(f"{kind:>5}: {folder / f'{files}.{kind}'}", soft_wrap=True)

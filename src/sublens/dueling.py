@@ -101,7 +101,7 @@ def duel(
     Raises:
         SettingError: an argument is impossible.
         MismatchError: the folder holds a duel with other settings.
-        FileError: a file cannot be read or written.
+        FileError: a file cannot be read or written, or another process works in the folder.
     """
     changes: dict[str, Any] = {"mask_steps": steps, "samples": samples}
     study = replace(study, **{name: value for name, value in changes.items() if value is not None})
@@ -120,28 +120,37 @@ def duel(
     weights = None if network is None else Path(network)
     config = {"kind": "duel", **config_of(study, network_seed, None if weights is None else hash_of(weights))}
     folder = Folder(Path("duels") / study.name if out is None else Path(out), config, resume=True)
-    net = network_of(study, network_seed, folder, weights, progress)
-    bouts = [  # one seed after the other, so that a duel that is under way has met everyone
-        Bout(task, name, float(fraction), seed)
-        for task, seed, fraction, name in itertools.product(chosen, seeds, kept, entered)
-    ]
-    warm: set[str] = set()
-    for index, bout in enumerate(bouts, start=1):
-        made = folder.read_json(_result(bout))
-        if made is not None:
-            _same(made, _described(study, entered[bout.contestant], bout), bout, folder)
-        else:
-            if bout.contestant not in warm:
-                # What is loaded and compiled once in a process is no part of anyone's time and memory.
-                _mask(replace(study, mask_steps=2), chosen[bout.task], net, entered[bout.contestant], bout, None, False)
-                warm.add(bout.contestant)
-            _fight(study, chosen[bout.task], net, entered[bout.contestant], bout, folder, progress)
-        if told is not None:
-            told(bout, index, len(bouts))
-    table = _tabulate(study, net, chosen, bouts, folder)
-    _write(folder.path, table)
-    folder.tidy()
-    return Duel(folder.path, table)
+    with folder.held():
+        net = network_of(study, network_seed, folder, weights, progress)
+        bouts = [  # one seed after the other, so that a duel that is under way has met everyone
+            Bout(task, name, float(fraction), seed)
+            for task, seed, fraction, name in itertools.product(chosen, seeds, kept, entered)
+        ]
+        warm: set[str] = set()
+        for index, bout in enumerate(bouts, start=1):
+            made = folder.read_json(_result(bout))
+            if made is not None:
+                _same(made, _described(study, entered[bout.contestant], bout), bout, folder)
+            else:
+                if bout.contestant not in warm:
+                    # What is loaded and compiled once in a process is no part of anyone's time and memory.
+                    _mask(
+                        replace(study, mask_steps=2),
+                        chosen[bout.task],
+                        net,
+                        entered[bout.contestant],
+                        bout,
+                        None,
+                        False,
+                    )
+                    warm.add(bout.contestant)
+                _fight(study, chosen[bout.task], net, entered[bout.contestant], bout, folder, progress)
+            if told is not None:
+                told(bout, index, len(bouts))
+        table = _tabulate(study, net, chosen, bouts, folder)
+        _write(folder.path, table)
+        folder.tidy()
+        return Duel(folder.path, table)
 
 
 def from_file(text: str) -> type[Gate]:

@@ -122,6 +122,12 @@ class MaskedNetwork(nn.Module):
             )
         if isinstance(network, nn.DataParallel):
             raise SettingError("The network is wrapped in DataParallel; give the module in it (network.module).")
+        for name, module in network.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise SettingError(
+                    f"{name or 'The network'} is a TorchScript module (torch.jit), whose weights cannot be replaced for"
+                    " a call. Give the module that it was made from."
+                )
         self._groupings = group(network, where, biases, groups)
         self._network = (network,)  # in a tuple, so that its parameters are not ours
         self.samples = samples

@@ -66,11 +66,18 @@ class Task:
             value = getattr(self, part)
             if not (value is None or callable(value)):
                 raise StudyError(f"Task {self.name!r}: {part} must be a function, not {_kind(value)}.")
+            if value is not None:
+                _check_takes(f"Task {self.name!r}: {part}", value, "net")
         for part in ("batches", "loss", "metric"):
             value = getattr(self, part)
             if not callable(value) and not (part == "batches" and isinstance(value, Iterable)):
                 also = " or something to iterate over, such as a DataLoader" if part == "batches" else ""
                 raise StudyError(f"Task {self.name!r}: {part} must be a function{also}, not {_kind(value)}.")
+        _check_takes(f"Task {self.name!r}: loss", self.loss, "net", "batch")
+        _check_takes(f"Task {self.name!r}: metric", self.metric, "net")
+        if callable(self.batches):
+            seed = ("seed",) if _asks_for_seed(self.batches) else ()
+            _check_takes(f"Task {self.name!r}: batches", self.batches, "step", by_name=seed)
 
     def measure(self, net: "nn.Module", what: str = "metric") -> float:
         """Return what ``metric`` (or ``held_back``, ``left_out``) says of ``net``.
@@ -96,11 +103,7 @@ class Task:
         batches = self.batches
         if not callable(batches):
             return batches
-        try:
-            asks_for_seed = "seed" in inspect.signature(batches).parameters
-        except (TypeError, ValueError):  # some builtins have no signature
-            asks_for_seed = False
-        return partial(batches, seed=seed) if asks_for_seed else batches
+        return partial(batches, seed=seed) if _asks_for_seed(batches) else batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +340,8 @@ class Study:
                 raise StudyError(
                     f"Study {self.name!r}: {name} is a module; give a function that makes one, {name}=lambda seed: ..."
                 )
+            if value is not None:
+                _check_takes(f"Study {self.name!r}: {name}", value, "seed" if name == "network" else "net")
 
     def _check_together(self, together: object) -> None:
         if not isinstance(together, Together):
@@ -378,6 +383,7 @@ class Study:
             _check_name("question", name)
             if not callable(question):
                 raise StudyError(f"Study {self.name!r}: the question {name} must be a function, not {_kind(question)}.")
+            _check_takes(f"Study {self.name!r}: the question {name}", question, "asked")
         object.__setattr__(self, "questions", dict(self.questions))
 
 
@@ -407,6 +413,32 @@ def _check_name(what: str, name: object) -> None:
             f"{name!r} cannot be the name of a {what}: it becomes part of file names, so use letters, digits,"
             " '.', '_' and '-', and start with a letter or a digit."
         )
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none
+        return None
+
+
+def _asks_for_seed(batches: Callable[..., Any]) -> bool:
+    signature = _signature(batches)
+    return signature is not None and "seed" in signature.parameters
+
+
+def _check_takes(what: str, function: Callable[..., Any], *given: str, by_name: Sequence[str] = ()) -> None:
+    """Refuse now what would fail with a TypeError in the middle of a run."""
+    signature = _signature(function)
+    if signature is None:
+        return
+    try:
+        signature.bind(*given, **dict.fromkeys(by_name))
+    except TypeError as error:
+        call = ", ".join((*given, *(f"{name}=..." for name in by_name)))
+        raise StudyError(
+            f"{what} is called as {what.split()[-1]}({call}), which does not fit {signature}: {error}."
+        ) from None
 
 
 def _kind(value: object) -> str:

@@ -4,7 +4,7 @@ Zero is not neutral: a network has never been trained with a weight at zero that
 is lost under every replacement was in the replaced weights; one that only zeros destroy may have been disturbed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -164,8 +164,10 @@ def minimality(
         fraction -> metric -> band over the draws.
 
     Raises:
-        SettingError: a fraction is not in 0..1, or there are no draws.
+        SettingError: a fraction is not in 0..1, ``fractions`` is one number, or there are no draws.
     """
+    if not isinstance(fractions, Iterable):
+        raise SettingError(f"fractions={fractions!r} must be several numbers; of one write fractions=[{fractions!r}].")
     return {
         fraction: bands(
             [

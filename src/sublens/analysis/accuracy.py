@@ -1,6 +1,7 @@
 """How well a network does under a mask, its inverse, half of it, and random masks of the same size."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from sublens.errors import SettingError, check_named
 from sublens.groups import Grouping
 from sublens.mask import Mask, check_mask
+from sublens.splitting import flatten
 
 Metrics = Mapping[str, Callable[[nn.Module], float]]
 Band = dict[str, float]
@@ -40,11 +42,35 @@ def accuracies(network: nn.Module, metrics: Metrics, mask: Mask | None = None) -
     check_named("metrics", metrics, "{'accuracy': accuracy}")
     if mask is not None:
         check_mask("What the network is measured under", mask)
-    with measuring(network) as net:
+    with measuring(network) as net, _nan_noticed(net, "the network" if mask is None else "the network under the mask"):
         if mask is None:
             return {name: _number(name, metric(net)) for name, metric in metrics.items()}
         with mask.applied(net):
             return {name: _number(name, metric(net)) for name, metric in metrics.items()}
+
+
+@contextmanager
+def _nan_noticed(network: nn.Module, what: str) -> Iterator[None]:
+    """Warn if the network gives NaN: argmax takes NaN for the highest, so that a metric may even come out at 1."""
+    broken = False
+
+    def look(module: nn.Module, args: Any, outputs: Any) -> None:
+        nonlocal broken
+        tensors = (leaf for leaf in flatten(outputs)[0] if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+        broken = broken or any(bool(tensor.isnan().any()) for tensor in tensors)
+
+    handle = network.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if broken:
+        warnings.warn(
+            f"Among what {what} gives is NaN. argmax takes NaN for the highest value, so accuracies of it say nothing."
+            " A usual cause is 0 / 0: a layer under weight_norm divides rows by their norms, also those that a mask"
+            " removes wholly. Leave such layers out of the mask (where=), or remove the parametrization first.",
+            stacklevel=4,
+        )
 
 
 def bands(found: Sequence[Mapping[str, float]]) -> dict[str, Band]:

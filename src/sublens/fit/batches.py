@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sublens.errors import SettingError
+from sublens.splitting import flatten
+from sublens.storage import hash_tensors
 
 Batches = Callable[[int], Any] | Iterable[Any]
 
@@ -56,6 +60,8 @@ class BatchSource:
         self._batches = batches
         self._seed = seed
         self._iterator: Iterator[Any] | None = None
+        self._drawn: tuple[int, Any, list[int]] | None = None  # the last batch, its number, its tensors' versions
+        self._expected: list[Any] | None = None  # what an earlier process drew last, until it is compared
         self._iterates = isinstance(batches, Iterable)
         if isinstance(batches, tuple) and batches and all(isinstance(part, Tensor) for part in batches):
             raise SettingError(
@@ -71,6 +77,25 @@ class BatchSource:
 
     def __call__(self, step: int) -> Any:
         """The batch of ``step``. Steps must be asked for in order, except right after :meth:`rewind`."""
+        if self._expected is not None:  # only now: a run that has ended needs no batch
+            _compare(self._expected, self._expected[0], self._draw(self._expected[0]))
+            self._expected = None
+        batch = self._draw(step)
+        self._drawn = step, batch, _versions(batch)
+        return batch
+
+    def last(self) -> list[Any] | None:
+        """Number and hash of the last batch, to be known again when a run is resumed; ``None`` if there is none.
+
+        Nor is there one to be known of a batch that was changed in place since, or that holds no tensors.
+        """
+        if self._drawn is None:
+            return None
+        step, batch, versions = self._drawn
+        found = _hash_of(batch) if versions == _versions(batch) else None
+        return None if found is None else [step, found]
+
+    def _draw(self, step: int) -> Any:
         if not self._iterates:
             seed_torch("step", self._seed, step)
             return self._batches(step)  # type: ignore[operator]
@@ -87,11 +112,16 @@ class BatchSource:
         except StopIteration:
             raise self._empty(step) from None
 
-    def rewind(self, step: int, epoch: int, epoch_start: int) -> None:
+    def rewind(self, step: int, epoch: int, epoch_start: int, last: list[Any] | None = None) -> None:
         """Continue before batch ``step`` of a run that stood in ``epoch``, begun at ``epoch_start``.
 
         The epoch's used batches are drawn again and dropped: how far a loader has come is nowhere else to be read.
+
+        Args:
+            last: what :meth:`last` said before. If that batch is another one now, there is a warning.
         """
+        if not self._iterates:
+            self._expected = last
         if not self._iterates or epoch < 0:
             return
         self.epoch = epoch - 1
@@ -99,7 +129,9 @@ class BatchSource:
         for used in range(epoch_start, step):
             seed_torch("step", self._seed, used)
             try:
-                next(self._iterator)  # type: ignore[arg-type]
+                batch = next(self._iterator)  # type: ignore[arg-type]
+                if last is not None:
+                    _compare(last, used, batch)
             except StopIteration:
                 raise SettingError(
                     f"batches ended after {used - epoch_start} batches, but the run to resume had already used "
@@ -139,6 +171,38 @@ class BatchSource:
             )
         return SettingError(
             f"batches yields nothing at step {step}: an epoch without a single batch. Is the data set empty?"
+        )
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    leaves = (torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in _leaves(batch))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _leaves(batch: Any) -> list[Any]:
+    return [leaf for leaf in flatten(batch)[0] if not (isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufc")]
+
+
+def _versions(batch: Any) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in _tensors(batch)]
+
+
+def _hash_of(batch: Any) -> str | None:
+    tensors = {str(place): tensor for place, tensor in enumerate(_tensors(batch))}
+    try:
+        return hash_tensors(tensors) if tensors else None
+    except SettingError:  # sparse and the like, of which there are no bytes
+        return None
+
+
+def _compare(last: list[Any], step: int, batch: Any) -> None:
+    if step == last[0] and _hash_of(batch) != last[1]:
+        warnings.warn(
+            f"batches gave another batch for step {step} than before the run was interrupted, so the resumed run is not"
+            " the one that would have come without the interruption. The data must be the same, and batches a pure"
+            " function of the step (and of its seed): torch's random numbers are seeded before each call, those of"
+            " numpy and random are not.",
+            stacklevel=2,
         )
 
 

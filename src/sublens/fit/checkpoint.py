@@ -43,6 +43,7 @@ class State:
     norm: float = 0.0
     seen: list[list[float | None]] = field(default_factory=list)  # per evaluation: kept fraction, then the metrics
     steered: list[Steered] = field(default_factory=list)  # per group of layers, where a kept fraction is asked for
+    batch: list[Any] | None = None  # number and hash of the last batch
     seconds: float = 0.0  # wall time spent; no result depends on it
 
 
@@ -75,9 +76,6 @@ class RunFolder:
             )
         if self._checkpoint.exists():
             self._tensors, self._metadata = load_tensors(self._checkpoint, "checkpoint")
-        # A process that was killed while it wrote could not take its temporary file away.
-        for left in self.path.glob(f".{self._checkpoint.name}.*.tmp") if writes else ():
-            left.unlink(missing_ok=True)
 
     def restore(self, settings: Mapping[str, Any], logits: Mapping[str, Tensor], optimizer: Optimizer) -> State | None:
         """Put the checkpoint's values into ``logits`` and ``optimizer``; ``None`` if there is no checkpoint.
@@ -107,6 +105,9 @@ class RunFolder:
         """Cut the history to what ``state`` covers, and return those records."""
         if not self._writes:
             return self._records(state)
+        # A process that was killed while it wrote could not take its temporary file away.
+        for left in self.path.glob(f".{self._checkpoint.name}.*.tmp"):
+            left.unlink(missing_ok=True)
         with open(self._history, "ab") as file:
             size = file.tell()
             if size < state.position:

@@ -31,6 +31,7 @@ from sublens.mask import Mask
 from sublens.masked_network import MaskedNetwork
 from sublens.ranking import Kept
 from sublens.selection import Where
+from sublens.storage import held
 
 _ENOUGH = 100  # steps from which on a mask of no use is worth a word; fewer are a trial
 
@@ -144,7 +145,7 @@ def fit(
         BatchError: a batch cannot be split into ``samples``.
         NonFiniteError: NaN or infinity in the loss or in a gradient; the last checkpoint is kept.
         MismatchError: the run in ``folder`` had other settings than this call.
-        FileError: a file in ``folder`` cannot be read or written.
+        FileError: a file in ``folder`` cannot be read or written, or another process writes a run there.
         LostRankError: another process of ``processes`` is gone.
     """
     return _end_of(fitting(None, **locals()))
@@ -188,6 +189,11 @@ def fitting(
     """
     if callable(callbacks):
         raise SettingError("callbacks is a function; it must be a list of such, as in callbacks=[print].")
+    if torch.is_inference_mode_enabled():
+        raise SettingError(
+            "fit was called under torch.inference_mode(), in which nothing can be trained. Call it outside; what must"
+            " not be trained, the network's weights, is frozen anyway."
+        )
     ranks = Ranks(processes)
     settings = Settings(
         alpha=_default_alpha(gate) if alpha is None and kept is None else alpha,
@@ -197,7 +203,7 @@ def fitting(
         **others,
     )
     source = BatchSource(batches, seed)
-    with random_state_kept(), source.generators_kept():
+    with random_state_kept(), source.generators_kept(), contextlib.ExitStack() as folders:
         masked = MaskedNetwork(
             network,
             keep=keep,
@@ -226,6 +232,8 @@ def fitting(
             if ranks.leads:
                 check_storable(trainer)
             store = RunFolder(settings.folder, resume=settings.resume, writes=ranks.leads)
+            if ranks.leads:
+                folders.enter_context(held(store.path))
             state = store.restore(described, masked.logits, trainer) or state
             if state.step > settings.steps:
                 raise MismatchError(
@@ -235,7 +243,7 @@ def fitting(
                 )
             ranks.check_equal(masked.logits, state.step)  # all have read what is there before it is written to
             history = store.open_history(state)
-            source.rewind(state.step, state.epoch, state.epoch_start)
+            source.rewind(state.step, state.epoch, state.epoch_start, state.batch if ranks.count == 1 else None)
         masked.train()
         training = Training(settings, described, masked, trainer, source, store, state, history, ranks)
         shown = settings.progress if ranks.leads else False

@@ -256,6 +256,7 @@ class Training:
         now = time.perf_counter()
         state.seconds += now - self._clock
         self._clock = now
+        state.batch = self._batches.last() if self._ranks.count == 1 else None  # else each has its own
         folder.save(state, self._described, self._logits, self._optimizer)
 
     def seconds(self) -> float:

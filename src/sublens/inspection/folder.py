@@ -4,16 +4,18 @@ While a run is going on, ``unfinished/`` holds the checkpoints. A part of the ru
 ``network.safetensors``, or ``masks/NAME.safetensors``. Every file appears whole or not at all.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sublens.errors import FileError, MismatchError, SettingError
 from sublens.fit.settings import Record
-from sublens.storage import atomic_write_text
+from sublens.storage import atomic_write_text, held
+from sublens.storage.locking import LOCK
 from sublens.study import Study
 
 
@@ -41,7 +43,7 @@ def is_used(path: Path) -> bool:
         FileError: it is not a folder, or cannot be read.
     """
     try:
-        return path.exists() and any(path.iterdir())
+        return path.exists() and any(file.name != LOCK for file in path.iterdir())
     except OSError as error:
         raise FileError(f"Cannot use {path} as a run folder: {error.strerror or error}.") from error
 
@@ -90,6 +92,14 @@ class Folder:
                 " with, or give another folder (--out)."
             )
 
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the folder while the run goes on, so that no other process works in it.
+
+        Raises:
+            FileError: one does.
+        """
+        return held(self.path)
+
     @property
     def masks(self) -> Path:
         """The folder of the masks."""
@@ -110,6 +120,11 @@ class Folder:
         folder.mkdir(exist_ok=True)
         return folder / f"{task}.safetensors"
 
+    def holds(self, masks: Iterable[str]) -> bool:
+        """Return whether the masks of these names are there, and the network or networks that they belong to."""
+        networks = self.network.exists() or (self.path / "networks").is_dir()
+        return networks and all(self.mask(name).exists() for name in masks)
+
     def checkpoints(self, part: str) -> Path:
         """Return the folder of a part's checkpoint while it is being trained."""
         return self.path / "unfinished" / part
@@ -121,7 +136,7 @@ class Folder:
     def finish(self, part: str, history: list[Record], seconds: float) -> None:
         """Write down a part's history and wall time, before its own file says that it is finished."""
         lines = [json.dumps({"part": part, **record}, allow_nan=False) for record in history]
-        earlier = [line for line in self._history() if json.loads(line)["part"] != part]
+        earlier = [line for line in self._history() if self._part_of(line) != part]
         atomic_write_text(self.path / "history.jsonl", "".join(f"{line}\n" for line in (*earlier, *lines)))
         self._note(part, "seconds", seconds)
 
@@ -152,6 +167,23 @@ class Folder:
         path = self.path / "history.jsonl"
         return path.read_text("utf-8").splitlines() if path.exists() else []
 
+    def _part_of(self, line: str) -> Any:
+        try:
+            return json.loads(line)["part"]
+        except (ValueError, KeyError, TypeError):
+            raise FileError(
+                f"{self.path / 'history.jsonl'} holds a line that is no record: {line[:60]!r}. Delete the line, and"
+                " resume the run (--resume)."
+            ) from None
+
+    @contextlib.contextmanager
+    def reading(self, path: Path) -> Iterator[None]:
+        """Say what to do if the file of a finished part turns out to be damaged. (The run writes files whole.)"""
+        try:
+            yield
+        except FileError as error:
+            raise FileError(f"{error}. Delete {path}, and --resume makes it again.") from error
+
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, atomically."""
         atomic_write_text(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -168,7 +200,9 @@ class Folder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise FileError(f"{path} cannot be read as JSON: {error}. Give another folder (--out).") from error
+            # Settings cannot be made again; everything else can.
+            cure = "Give another folder (--out)" if name == "config.json" else "Delete it, and --resume makes it again"
+            raise FileError(f"{path} cannot be read as JSON: {error}. {cure}.") from error
 
     def tidy(self) -> None:
         """Remove the checkpoints of a finished run."""

@@ -82,7 +82,7 @@ def inspect(
         CutGraphError: a loss does not reach the gates.
         SelectionError: its ``where`` matches nothing that can be masked.
         MismatchError: the folder holds another run, or the weights do not fit the network.
-        FileError: a file cannot be read or written.
+        FileError: a file cannot be read or written, or another process works in the folder.
     """
     weights = None if network is None else Path(network)
     study, config = _asked(study, seed, steps, samples, alpha, groups, weights)
@@ -90,8 +90,21 @@ def inspect(
     if not is_used(path):
         check_study(study, seed, weights)  # before there is a folder that only this very run could go on in
     folder = Folder(path, config, resume=resume)
+    with folder.held():
+        result = _finished(study, config, seed, folder, weights, progress)
+        if report:
+            from sublens.report import write_report  # matplotlib is slow to import, and not needed before
+
+            write_report(folder.path)
+    return result
+
+
+def _finished(
+    study: Study, config: dict[str, Any], seed: int, folder: Folder, weights: Path | None, progress: bool
+) -> dict[str, Any]:
+    """Return the run's result, made now as far as it or a part of the run is not there."""
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
-    if result is None:
+    if result is None or not folder.holds(_parts(study)):
         networks, masks = _trained(study, seed, folder, weights, progress)
         if unknown := [name for name in masks if name not in folder.keep_probabilities()]:
             log.warning(
@@ -108,10 +121,6 @@ def inspect(
         result = {**config, "versions": _versions(), "seconds": rounded, **answers}
         folder.write_json("result.json", result)
     folder.tidy()
-    if report:
-        from sublens.report import write_report  # matplotlib is slow to import, and not needed before
-
-        write_report(folder.path)
     return result
 
 
@@ -220,7 +229,8 @@ def _trained(
 def network_of(study: Study, seed: int, folder: Folder, weights: Path | None, progress: bool) -> nn.Module:
     """Return the study's network: from the folder, from a file of weights, or trained; in the folder afterwards."""
     if folder.network.exists():
-        return load_network(study, seed, folder.network)
+        with folder.reading(folder.network):
+            return load_network(study, seed, folder.network)
     if weights is not None:
         net, history, seconds = load_network(study, seed, weights), list[Record](), 0.0
     else:
@@ -258,7 +268,8 @@ def _mask(
     progress: bool,
 ) -> Mask:
     if folder.mask(name).exists():
-        return Mask.load(folder.mask(name), net)
+        with folder.reading(folder.mask(name)):
+            return Mask.load(folder.mask(name), net)
     part_seed = seed_from(seed, name)
     metrics = study.metrics()
     taken: list[str] = []

@@ -181,7 +181,7 @@ class _Training:
         self.state = self._store.restore(self._settings, job.tensors, job.optimizer) or State()
         self.history = self._store.open_history(self.state)
         self.source = BatchSource(job.task.batches_for(job.seed), job.seed)
-        self.source.rewind(self.state.step, self.state.epoch, self.state.epoch_start)
+        self.source.rewind(self.state.step, self.state.epoch, self.state.epoch_start, self.state.batch)
         self._clock = time.perf_counter()
 
     def run(self, display: Display) -> None:
@@ -278,6 +278,7 @@ class _Training:
         self.state.seconds += now - self._clock
         self._clock = now
         if self._store.checkpoint_step != self.state.step:
+            self.state.batch = self.source.last()
             self._store.save(self.state, self._settings, self._job.tensors, self._job.optimizer)
 
     def seconds(self) -> float:

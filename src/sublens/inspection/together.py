@@ -35,8 +35,10 @@ def train_together(
     previous: nn.Module | None = None
     for task in (study.control, *study.tasks):
         if folder.mask(task.name).exists():
-            network = load_network(study, seed, folder.network_of(task.name))
-            mask = Mask.load(folder.mask(task.name), network)
+            with folder.reading(folder.network_of(task.name)):
+                network = load_network(study, seed, folder.network_of(task.name))
+            with folder.reading(folder.mask(task.name)):
+                mask = Mask.load(folder.mask(task.name), network)
         else:
             network, mask = _train(study, plan, task, seed, previous, masks, folder, progress)
         networks[task.name], masks[task.name] = network, mask

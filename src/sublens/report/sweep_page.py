@@ -68,13 +68,13 @@ def written(spread: Spread | None, what: str) -> str:
 
 
 def _interval(spread: Spread, what: str) -> str:
-    """Write the interval of the mean. Student's knows no bounds; a share is not below 0 or above 1."""
+    """Write the interval of the mean."""
     if spread.interval is None:
         return "\u2013"
     low, high = spread.interval
     if what in NUMBERS:
         return f"{low:.3f} to {high:.3f}"
-    return f"{100 * max(0.0, low):.1f} to {100 * min(1.0, high):.1f}\u00a0%"
+    return f"{100 * low:.1f} to {100 * high:.1f}\u00a0%"
 
 
 def _swept(rows: Sequence[Row]) -> dict[str, list[Any]]:

@@ -25,7 +25,7 @@ class Spread:
         sd: the sample's standard deviation; one run has none.
         low: lowest value.
         high: highest value.
-        interval: Student's 95 % interval of the mean; one run has none.
+        interval: Student's 95 % interval of the mean, cut to 0..1 where no value can leave that; one run has none.
     """
 
     n: int
@@ -35,6 +35,9 @@ class Spread:
     high: float
     interval: tuple[float, float] | None
 
+
+UNBOUNDED = ("index", "reused")
+"""The measures that may leave 0..1: chance is 0 for them, and their 1 is that of another comparison."""
 
 CALLED = {
     "accuracy": "accuracy",
@@ -48,7 +51,7 @@ CALLED = {
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure over the runs of one setting. All values are fractions in 0..1.
+    """One measure over the runs of one setting. All values are fractions in 0..1, but for two.
 
     Attributes:
         what: ``"accuracy"``, ``"kept"``, ``"iou"``, ``"iomin"``, or ``"index"``, the sharing index, or ``"reused"``,
@@ -84,12 +87,14 @@ class Row:
         seeds: of its runs.
         measures: what they found.
         verdicts: property of the paper -> verdict -> number of runs that came to it.
+        one_network: whether all its runs were given the same trained weights, so that only masks vary between them.
     """
 
     settings: dict[str, Any]
     seeds: tuple[Any, ...]
     measures: tuple[Measure, ...]
     verdicts: dict[str, dict[str, int]]
+    one_network: bool
 
     @property
     def name(self) -> str:
@@ -126,9 +131,14 @@ def tabulate(runs: Iterable[tuple[Mapping[str, Any], RunFolder]]) -> tuple[Row, 
         seeds.append(settings.get(SEED, run.seed))
         members.append(run)
     return tuple(
-        Row(settings, tuple(seeds), _measures(members), _verdicts(members))
+        Row(settings, tuple(seeds), _measures(members), _verdicts(members), _one_network(members))
         for settings, seeds, members in groups.values()
     )
+
+
+def _one_network(runs: Sequence[RunFolder]) -> bool:
+    given = {run.settings.get("network_file_sha256") for run in runs}
+    return len(runs) > 1 and len(given) == 1 and None not in given
 
 
 def _verdicts(runs: Sequence[RunFolder]) -> dict[str, dict[str, int]]:
@@ -150,7 +160,7 @@ def _measures(runs: Sequence[RunFolder]) -> tuple[Measure, ...]:
                 if chance is not None and math.isfinite(chance):
                     chances.append(chance)
     return tuple(
-        Measure(*key, tuple(values), _spread(values), _spread(chances) if chances else None)
+        Measure(*key, tuple(values), _spread(values, key[0]), _spread(chances, key[0]) if chances else None)
         for key, (values, chances) in collected.items()
     )
 
@@ -183,9 +193,11 @@ def _mean(chance: Chance | None) -> float | None:
     return None if chance is None else chance.mean
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _spread(values: Sequence[float], what: str) -> Spread:
     sd = statistics.stdev(values) if len(values) > 1 else None
     mean, low, high = t_interval(values)
+    if what not in UNBOUNDED:  # Student's interval knows no bounds
+        low, high = max(0.0, low), min(1.0, high)
     return Spread(len(values), mean, sd, min(values), max(values), None if sd is None else (low, high))
 
 
@@ -196,6 +208,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "settings": row.settings,
             "seeds": list(row.seeds),
             "verdicts": row.verdicts,
+            "one_network": row.one_network,
             "measures": [
                 {
                     "measure": measure.what,

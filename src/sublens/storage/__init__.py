@@ -14,6 +14,7 @@ from sublens.storage.files import (
     shape_entry,
 )
 from sublens.storage.hashing import hash_tensors
+from sublens.storage.locking import held
 from sublens.storage.writing import atomic_write_bytes, atomic_write_text
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "check_packed",
     "fingerprint_entry",
     "hash_tensors",
+    "held",
     "load_logits",
     "load_tensors",
     "load_weights",

@@ -1,0 +1,42 @@
+"""One process at a time writes a run's folder."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sublens.errors import FileError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold ``folder``, which must exist, against every other process and every other run of this one.
+
+    The lock goes with its process, however that ends. Where the file system knows none, nothing is held.
+
+    Raises:
+        FileError: someone else holds it.
+    """
+    path = folder / LOCK
+    lock = FileLock(path, timeout=0, is_singleton=False, thread_local=False)
+    locked = False
+    try:
+        lock.acquire()
+        locked = True
+    except Timeout:
+        raise FileError(
+            f"Another run is writing in {folder} now (it holds {path}). Wait until it has ended, or give another"
+            " folder."
+        ) from None
+    except OSError:
+        pass  # no locks there, or no writing: the first file that is written will say so
+    try:
+        yield
+    finally:
+        if locked:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)  # while it is held: who comes now locks a new file
+            lock.release()
