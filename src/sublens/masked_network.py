@@ -123,7 +123,7 @@ class MaskedNetwork(nn.Module):
         if isinstance(network, nn.DataParallel):
             raise SettingError("The network is wrapped in DataParallel; give the module in it (network.module).")
         for name, module in network.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule) and [*module.parameters(), *module.buffers()]:
                 raise SettingError(
                     f"{name or 'The network'} is a TorchScript module (torch.jit), whose weights cannot be replaced for"
                     " a call. Give the module that it was made from."

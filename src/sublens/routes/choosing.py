@@ -31,7 +31,7 @@ from sublens.gates import Gate
 from sublens.groups import FactoredWeight, GroupedGate, Grouping, factors
 from sublens.noise import Draw, parameter_id
 from sublens.redrawing import Redrawing
-from sublens.routes import chain_route, eligibility, linear_route
+from sublens.routes import chain_route, eligibility, linear_route, short_attention
 from sublens.selection import tied_names
 from sublens.splitting import Batch, agree, copied, join, kind_of_call
 
@@ -101,7 +101,10 @@ class Routes:
     ) -> Any:
         """Call the network with ``put(name, weight)`` in place of each masked weight; see :func:`call_with`."""
         ids = self.ids
-        return call_with(self.network, self._aliases, lambda n, w: put(n, w) if n in ids else w, args, kwargs, around)
+        with short_attention.replaced():
+            return call_with(
+                self.network, self._aliases, lambda n, w: put(n, w) if n in ids else w, args, kwargs, around
+            )
 
     def call(self, sampling: Sampling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network's output for a batch, of which each chunk goes through its own sample.

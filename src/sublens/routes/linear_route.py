@@ -25,7 +25,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from sublens.kernels import blocked, cells, cpu
 from sublens.noise import Draw
-from sublens.routes import products, recurrent_route
+from sublens.routes import products, recurrent_route, short_attention
 from sublens.splitting import Batch, Rebuild, Unjoined, flatten
 
 
@@ -142,7 +142,11 @@ class GatedWeight(Tensor):
         # Attention multiplies with its weights by ``linear``, once it has found that none of them has other ideas.
         # Made at each call, since names in ``torch.nn.functional`` may be given other functions.
         original = nn.functional.multi_head_attention_forward
-        names = {**vars(nn.functional), "has_torch_function": lambda tensors: False}
+        names = {
+            **vars(nn.functional),
+            "has_torch_function": lambda tensors: False,
+            "scaled_dot_product_attention": short_attention.attention,
+        }
         function = FunctionType(original.__code__, names, argdefs=original.__defaults__)
         return function(*map(known, args), **{name: known(argument) for name, argument in kwargs.items()})
 
