@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from sublens.kernels import short_attention
 from sublens.masked_network import MaskedNetwork
-from sublens.routes import short_attention
 
 BFLOAT16 = {"device_type": "cpu", "dtype": torch.bfloat16}
 
@@ -103,3 +104,26 @@ def test_a_masked_network_asks_for_it(make: Any, samples: int, tokens: int, monk
     found.float().square().mean().backward()
     assert off(found.float(), expected.detach().double()) < 0.03
     assert all(bool(logit.grad.abs().sum() > 0) for logit in masked.logits.values())
+
+
+class Again(Asks):
+    """Its forward pass is run again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return found
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_what_is_run_again_by_a_checkpoint_chooses_as_before(samples: int) -> None:
+    gradients = []
+    for make in (Asks, Again):
+        torch.manual_seed(0)
+        masked, x = MaskedNetwork(make(), samples=samples, seed=1).train(), torch.randn(8, 5, 16)
+        with torch.autocast(**BFLOAT16):
+            found = masked(x)
+        found.float().square().mean().backward()
+        gradients.append([logit.grad for logit in masked.logits.values()])
+    for one, other in zip(*gradients, strict=True):
+        # One goes the linear route and one the general route, which round to bfloat16 in other places.
+        assert off(one, other.double()) < 0.1

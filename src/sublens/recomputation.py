@@ -22,6 +22,7 @@ from torch.utils import checkpoint as checkpoints
 
 from sublens.calling import at_rest
 from sublens.errors import SettingError
+from sublens.kernels import short_attention
 from sublens.kernels.threads import untraced
 
 # Since torch 2.14 the function that does the work has another name. Both take the checkpointed function first.
@@ -59,7 +60,8 @@ def covered(
         without = {key: torch.empty(shapes[names[key][0]], device="meta") for key in again if key not in used}
         weights = kept | {name: (made | without)[key] for name, key in drawn.items()}
         makers = {id(made[key]): again[key] for key in used}
-        with at_rest(network), covered(network, weights, makers):
+        # The second run must choose as the first one did, or autograd finds other tensors than it was promised.
+        with at_rest(network), short_attention.replaced(), covered(network, weights, makers):
             whole = {f"network.{name}": tensor for name, tensor in weights.items()}
             return functional_call(_Part(network, function), whole, args, kwargs)
 

@@ -29,9 +29,10 @@ from sublens import recomputation
 from sublens.calling import OutputAxes, call_with
 from sublens.gates import Gate
 from sublens.groups import FactoredWeight, GroupedGate, Grouping, factors
+from sublens.kernels import short_attention
 from sublens.noise import Draw, parameter_id
 from sublens.redrawing import Redrawing
-from sublens.routes import chain_route, eligibility, linear_route, short_attention
+from sublens.routes import chain_route, eligibility, linear_route
 from sublens.selection import tied_names
 from sublens.splitting import Batch, agree, copied, join, kind_of_call
 

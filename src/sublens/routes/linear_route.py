@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from sublens.kernels import blocked, cells, cpu
+from sublens.kernels import blocked, cells, cpu, short_attention
 from sublens.noise import Draw
-from sublens.routes import products, recurrent_route, short_attention
+from sublens.routes import products, recurrent_route
 from sublens.splitting import Batch, Rebuild, Unjoined, flatten
 
 
