@@ -798,15 +798,28 @@ def test_a_bias_of_any_form_is_added_as_by_the_general_route(
     torch.testing.assert_close(y, sl.MaskedNetwork(network, samples=samples)(x), rtol=1e-5, atol=1e-5)
 
 
+def stored() -> nn.Module:
+    """A layer that stores its weight as inputs by outputs, as GPT-2's do, and another one."""
+    layers = pytest.importorskip("transformers.pytorch_utils")
+    return nn.Sequential(layers.Conv1D(16, 6), nn.Tanh(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("long", [256, 2], ids=["in-loops", "by-the-library"])
 @pytest.mark.parametrize("gains", [True, False], ids=["reduced-products", "whole-products"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("samples", [1, 4])
-@pytest.mark.parametrize("make", [lambda: chain(nn.ReLU()), Residual], ids=["chain", "residual"])
+@pytest.mark.parametrize("make", [lambda: chain(nn.ReLU()), Residual, stored], ids=["chain", "residual", "stored"])
 def test_under_autocast_layers_give_what_was_asked_for(
-    make: Callable[[], nn.Module], samples: int, dtype: torch.dtype, gains: bool, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module],
+    samples: int,
+    dtype: torch.dtype,
+    gains: bool,
+    long: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Of both kinds of processor, whichever this one is.
     monkeypatch.setattr(blocked, "multiplies_bfloat16", lambda: gains)
+    monkeypatch.setattr(blocked, "_long", lambda samples, reduced: long)
     seen: list[bool] = []
     backward = blocked.backward
 
@@ -838,6 +851,33 @@ def test_under_autocast_layers_give_what_was_asked_for(
             # Outputs and gradients are rounded once a layer; weights are too by reduced products and by the general
             # route, which also rounds biases.
             assert 0 < (rounded.float() - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("make", [Residual, stored])
+def test_long_chunks_stay_in_bfloat16_and_their_gradient_has_one(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(blocked, "_long", lambda samples, reduced: 2 if reduced else 256)
+    network = make()
+    kept: list[torch.dtype] = []
+
+    def penalised(enabled: bool) -> list[Tensor]:
+        masked = sl.MaskedNetwork(network, samples=4)
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        noted = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.dtype), t)[1], lambda t: t)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), noted:
+            output = masked(x)
+        (slope,) = torch.autograd.grad(output.float().square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        return [output, slope, x.grad]
+
+    exact = penalised(False)
+    assert set(kept) == {torch.float32}
+    found = penalised(True)
+    assert torch.bfloat16 in kept
+    for rounded, whole in zip(found, exact, strict=True):
+        assert 0 < (rounded.float() - whole).norm() / whole.norm() < 4 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("gains", [True, False], ids=["reduced-products", "whole-products"])

@@ -95,6 +95,11 @@ def multiplies_bfloat16() -> bool:
     return bool(cpu.compiled("halves").FAST)
 
 
+def takes_bfloat16(samples: int, rows: int) -> bool:
+    """Whether chunks of so many rows, multiplied in bfloat16, may come in and go out in it: the library does that."""
+    return rows >= _long(samples, reduced=True)
+
+
 def by_tiles() -> bool:
     """Whether products in bfloat16 are made by a matrix unit here."""
     return bool(cpu.compiled("tiles").USED)
@@ -116,13 +121,14 @@ def forward(
     """Each sample's inputs times its masked weight, transposed, plus the bias.
 
     Args:
-        x: (K, m, in) float32, chunk k in row k; contiguous, or packed.
+        x: (K, m, in) float32, chunk k in row k; contiguous, or packed. Or bfloat16: see :func:`takes_bfloat16`.
         weight: (out, in) float32, contiguous.
         logits: as ``weight``.
         draw: names sample 0 of K.
         first: row of the parameter that is the first of ``weight``, if that is not the whole parameter.
         bias: (out) float32, contiguous.
-        out: (K, m, out) float32, contiguous: memory for the result, if there is some; or packed, of the same pieces.
+        out: (K, m, out), of the dtype of ``x``, contiguous: memory for the result, if there is some; or packed, of the
+            same pieces.
         reduced: round what is multiplied to bfloat16. Sums stay float32; those of long chunks are rounded at the end,
             as PyTorch's own products in bfloat16 are. Then nothing is packed.
         rectified: replace what is below 0 by 0, as a ReLU after the layer does.
@@ -134,7 +140,7 @@ def forward(
     samples, m, width = _shape(x)
     height = weight.shape[0]
     if out is None:
-        out = weight.new_empty(samples, m, height)
+        out = (x.values if isinstance(x, Packed) else x).new_empty(samples, m, height)
     if m >= _long(samples, reduced):
         assert isinstance(x, Tensor)
         assert isinstance(out, Tensor)
@@ -171,7 +177,8 @@ def backward(
     """Gradients of :func:`forward`, for the same draw.
 
     Args:
-        gradient: (K, m, out) float32, contiguous, or packed; of what the layer gives before a ReLU that follows it.
+        gradient: (K, m, out), of the dtype of ``x``, contiguous, or packed; of what the layer gives before a ReLU that
+            follows it.
         x: as in the forward pass.
         weight: likewise.
         logits: likewise. Memory of its gradient is used again when that one is no longer in use.
@@ -191,7 +198,8 @@ def backward(
     if m >= _long(samples, reduced):
         assert isinstance(x, Tensor)
         assert isinstance(gradient, Tensor)
-        of_x, of_logits = torch.empty_like(x) if wants_x else None, _for_gradient(logits)
+        # A sum over blocks of the weight, so in float32 until it is whole.
+        of_x, of_logits = torch.empty_like(x, dtype=weight.dtype) if wants_x else None, _for_gradient(logits)
         long_chunks.backward(
             gradient, x, weight, logits, draw, first, of_x=of_x, of_logits=of_logits, of_weight=of_weight,
             reduced=reduced,
@@ -200,7 +208,7 @@ def backward(
             of_x.masked_fill_(x <= 0, 0)
         if of_x is not None and rounded:
             of_x.copy_(of_x.bfloat16())
-        return of_x, of_logits
+        return None if of_x is None else of_x.to(x.dtype), of_logits
     loops = cpu.compiled("linear_loops")
     of_logits = _for_gradient(logits)
     of_inputs: Tensor | Packed | None = None
@@ -236,7 +244,7 @@ def forward_transposed(
     That is what the backward pass of a layer with that weight does to a gradient of its outputs.
 
     Args:
-        x: (K, m, in) float32, chunk k in row k; contiguous.
+        x: (K, m, in) float32, chunk k in row k; contiguous. Or bfloat16 (:func:`takes_bfloat16`).
         weight: (in, out) float32, contiguous.
         logits: as ``weight``.
         draw: names sample 0 of K.
@@ -249,9 +257,11 @@ def forward_transposed(
         (K, m, out) float32, or ``out``.
     """
     (samples, m, height), width = x.shape, weight.shape[1]
-    out = weight.new_empty(samples, m, width) if out is None else out
+    out = x.new_empty(samples, m, width) if out is None else out
     if m >= _long(samples, reduced):
-        long_chunks.forward_transposed(out, x, weight, logits, draw, first, reduced)
+        total = out if out.dtype == weight.dtype else torch.empty_like(out, dtype=weight.dtype)
+        long_chunks.forward_transposed(total, x, weight, logits, draw, first, reduced)
+        out = out if total is out else out.copy_(total)
     else:
         loops, count, tiled = cpu.compiled("linear_loops"), torch.get_num_threads(), reduced and by_tiles()
         wide = _wide(samples, m, width, tiled, count)
@@ -262,7 +272,9 @@ def forward_transposed(
 
 
 def _address(x: Tensor | Packed) -> int:
-    return (x.values if isinstance(x, Packed) else x).data_ptr()
+    values = x.values if isinstance(x, Packed) else x
+    assert values.dtype == torch.float32  # loops read whatever lies at an address
+    return values.data_ptr()
 
 
 @functools.lru_cache(maxsize=1024)

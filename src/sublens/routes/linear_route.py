@@ -168,7 +168,8 @@ def _linear_and_bias(x: Tensor, source: _Source, bias: Any) -> Tensor:
             raise NotLinearError(f"an input of {x.dtype} under autocast to {asked}")
         with torch.autocast("cpu", enabled=False):
             reduced = asked == torch.bfloat16 and blocked.multiplies_bfloat16()
-            return _linear_and_bias(x.float(), replace(source, reduced=reduced), bias).to(asked)
+            x = x if reduced else x.float()
+            return _linear_and_bias(x, replace(source, reduced=reduced), bias).to(asked)
     if source.chunks == 0:
         return _outside_vmap(x, source, bias)
     if isinstance(bias, _Source):
@@ -231,7 +232,11 @@ def _linear(x: Tensor, source: _Source, bias: Tensor | None) -> Tensor:
     rest = (
         source.logits, source.weight, source.draw, source.first, source.reduced, source.chunks, bias, source.transposed,
     )  # fmt: skip
-    if x.dtype != torch.float32 or x.numel() == 0:
+    if source.reduced and x.numel():
+        # What is long stays as it comes and goes, without a copy in float32.
+        rows = x.numel() // (source.chunks * x.shape[-1])
+        x = x.bfloat16() if blocked.takes_bfloat16(source.chunks, rows) else x.float()
+    elif x.dtype != torch.float32 or x.numel() == 0:
         raise NotLinearError(f"an input of {x.dtype} and shape {tuple(x.shape)}")
     if source.chunks > 1 and source.examples:
         if source.examples % source.chunks:

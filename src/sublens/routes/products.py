@@ -17,7 +17,8 @@ def linear(
     """A linear layer under K samples.
 
     Args:
-        x: (..., in) float32, whose first dimension holds the K chunks one after the other.
+        x: (..., in) float32, whose first dimension holds the K chunks one after the other. Or bfloat16, for long
+            chunks (:func:`sublens.kernels.blocked.takes_bfloat16`).
         logits: (out, in) float32, contiguous.
         weight: likewise. It has a gradient too if it requires one.
         draw: names the first sample.
@@ -28,7 +29,7 @@ def linear(
         transposed: weight and logits are (in, out).
 
     Returns:
-        (..., out) float32.
+        (..., out), of the dtype of ``x``.
     """
     y: Tensor = _Linear.apply(x, logits, weight, draw, first, reduced, chunks, bias, transposed)
     return y
@@ -61,7 +62,7 @@ def gradients(
     logits and weights cannot, as on the general route. Arguments as there.
 
     Returns:
-        Gradient of ``x``, (K, m, in), and of the logits, (out, in); both float32.
+        Gradient of ``x``, (K, m, in), of its dtype, and of the logits, (out, in) float32.
     """
     of_x, of_logits = _Gradients.apply(gradient, x, weight, logits, draw, first, reduced, of_weight)
     return of_x, of_logits
@@ -166,8 +167,9 @@ class _Gradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         came, weight, logits = ctx.saved_tensors
-        gradient = gradient.resolve_neg().contiguous()
-        of_came = blocked.forward(gradient, weight, logits, *ctx.named)
+        gradient, dtype = gradient.resolve_neg().float().contiguous(), came.dtype
+        came = came.float()
+        of_came = blocked.forward(gradient, weight, logits, *ctx.named).to(dtype)
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
         of_logits = blocked.backward(came, gradient, weight, logits, *ctx.named, wants_x=False, of_weight=of_weight)[1]
         return of_came, None, of_weight, of_logits, None, None, None, None
