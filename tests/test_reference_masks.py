@@ -142,6 +142,8 @@ def test_attribution_is_the_mean_square_of_weight_times_gradient() -> None:
     assert len(seen) == 5
     assert all(torch.equal(mask[name], expected[name]) for name in scores)
     assert mask == sl.attribution_mask(net, batch, loss, 0.3, steps=5, seed=3)
+    with torch.no_grad():
+        assert mask == sl.attribution_mask(net, batch, loss, 0.3, steps=5, seed=3)
     assert mask != sl.attribution_mask(net, batch, loss, 0.3, steps=5, seed=4)
     per_layer = sl.attribution_mask(net, batch, loss, 0.3, steps=5, seed=3, per_layer=True)
     assert per_layer.kept_counts() == {"0.weight": 36, "2.weight": 24}

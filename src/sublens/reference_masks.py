@@ -80,7 +80,7 @@ def attribution_mask(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise SettingError(f"steps={steps!r} is not a whole number of at least 1: each step takes one batch.")
     source = BatchSource(batches, seed)
-    with random_state_kept(), source.generators_kept():
+    with random_state_kept(), source.generators_kept(), torch.enable_grad():
         # All open, and straight through: the gradient of a logit is that of the loss times the weight.
         masked = MaskedNetwork(network, gate=Threshold(), where=where, biases=biases)
         logits = masked.logits
