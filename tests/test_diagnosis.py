@@ -1076,3 +1076,74 @@ def test_a_diagnosis_with_notes_says_so_at_once() -> None:
     assert str(diagnose(loop.loss(), loop.logits)).startswith(
         "Diagnosis: nothing was found that stops this mask from training, but see the note below."
     )
+
+
+SQUASHED: dict[str, Callable[[Tensor], Tensor]] = {
+    "shifted by a third": lambda x: hard_minus_soft(6 * torch.sigmoid(x) - 2),
+    "from -1 to 3": lambda x: hard_minus_soft(4 * torch.sigmoid(x) - 1),
+    "soft threshold": lambda x: torch.sigmoid((torch.sigmoid(x) - 0.3) / 0.1),
+    "relaxed Bernoulli": lambda x: torch.sigmoid((torch.sigmoid(x) - torch.rand_like(x)) / 0.05),
+    "Gumbel noise": lambda x: torch.sigmoid(4 * (torch.sigmoid(x) - 0.5) - torch.log(-torch.log(torch.rand_like(x)))),
+    "tanh by a quotient": lambda x: hard_minus_soft(10 * torch.tanh(x / 10)),
+    "quotient": lambda x: torch.sigmoid(x / 5),
+    "quotient and noise": lambda x: hard_minus_soft(x / 5),
+    "norm": lambda x: hard_minus_soft(3 * x / x.norm()),
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("start", [START, -START])
+@pytest.mark.parametrize("name", SQUASHED)
+def test_shifted_and_scaled_logits_are_no_mistake(name: str, start: float, seed: int) -> None:
+    loop = Loop(gate=lambda logit, one: SQUASHED[name](logit), start=start)
+    torch.manual_seed(seed)
+    assert codes(loop.loss(), loop.logits, loop.optimizer) == []
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+def test_a_probability_taken_for_a_logit_at_any_temperature(temperature: float) -> None:
+    def gate(logit: Tensor, one: bool) -> Tensor:
+        soft = torch.sigmoid((torch.sigmoid(logit) + logistic(logit, False)) / temperature)
+        return (soft > 0.5).float() + soft - soft.detach()
+
+    loop = Loop(
+        build=lambda: (nn.Sequential(nn.Linear(12, 60), nn.ReLU(), nn.Linear(60, 5)), torch.randn(32, 12)), gate=gate
+    )
+    assert codes(loop.loss(), loop.logits, loop.optimizer) == ["sigmoid-twice"]
+
+
+def test_common_noise_for_masks_of_two_tasks_is_fine() -> None:
+    loop = Loop()
+    logits = {
+        f"{task}.{n}": torch.full_like(w, START).requires_grad_() for task in "ab" for n, w in loop.weights.items()
+    }
+    noise = {n: logistic(w, False) for n, w in loop.weights.items()}
+    loss = torch.zeros(())
+    for task in "ab":
+        masked = {n: w * torch.sigmoid(logits[f"{task}.{n}"] + noise[n]) for n, w in loop.weights.items()}
+        loss = loss + F.cross_entropy(torch.func.functional_call(loop.network, masked, (loop.x,)), loop.y)
+    assert codes(loss, logits) == []
+
+
+def test_a_prior_that_layers_share_is_no_noise() -> None:
+    prior = torch.linspace(3, -3, 8)[:, None]
+    weights = [torch.randn(8, 8) for _ in range(2)]
+    logits = {str(i): torch.zeros(8, 8).requires_grad_() for i in range(2)}
+    x = torch.randn(16, 8)
+    for i, weight in enumerate(weights):
+        x = torch.relu(x @ (weight * torch.sigmoid(prior + logits[str(i)])).t())
+    assert codes(x.square().mean(), logits) == []
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda logits: sum((1e-3 * x.sigmoid() + 1e-5 * x**2).sum() for x in logits),
+        lambda logits: -1e-4 * sum(x.square().sum() for x in logits),
+        lambda logits: 1e-2 * sum(F.relu(x.abs() - 8).square().sum() for x in logits),
+        lambda logits: 1e-3 * sum(torch.exp(-x.abs()).sum() for x in logits),
+    ],
+)
+def test_what_does_not_pull_logits_to_nothing_is_no_penalty_of_size(penalty: Any) -> None:
+    loop = Loop()
+    assert "penalty-of-size" not in notes(loop.loss() + penalty(loop.logits.values()), loop.logits, loop.optimizer)

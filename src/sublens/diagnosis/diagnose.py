@@ -157,7 +157,11 @@ def _read_graph(
     loss_checks.penalty_checks(reading, named, orientation_of(slopes), bool(slopes) and not scores_of(slopes))
     findings += reading.findings
     notes += reading.notes
-    _extend(findings, notes, noise_checks(graph, named, [u.gate for u in uses], [t.edge for t in reading.task]))
+    weights: dict[str, set[int]] = {}
+    for use in uses:
+        weights.setdefault(use.name, set()).add(use.weight)
+    edges_of = [use.gate for use in uses], [term.edge for term in reading.task]
+    _extend(findings, notes, noise_checks(graph, named, *edges_of, weights))
     _extend(findings, notes, gate_checks(graph, named, uses, slopes))
     _gradient_checks(loss, reading, named, findings, notes)
 

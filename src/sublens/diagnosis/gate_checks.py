@@ -29,6 +29,7 @@ class Use:
     name: str
     product: Node
     gate: Edge
+    weight: int  # address of the constant
 
 
 def uses_of(graph: Graph, logits: Mapping[str, Tensor]) -> list[Use]:
@@ -48,7 +49,7 @@ def uses_of(graph: Graph, logits: Mapping[str, Tensor]) -> list[Use]:
         logit = logits[names[0]]
         constant = saved(node, "self" if operands[1] == live[0] else "other")
         if shape_of(live[0]) == logit.shape and isinstance(constant, Tensor) and constant.numel() >= logit.numel():
-            found.append(Use(names[0], node, live[0]))
+            found.append(Use(names[0], node, live[0], constant.data_ptr()))
             inside.update(graph.below(live[0]))
     return found
 
@@ -157,11 +158,14 @@ def _sigmoid_twice(graph: Graph, uses: list[Use]) -> list[Finding]:
                 names.append(use.name)
     if not floors:
         return []
-    # Where the inner sigmoid is 0 the outer one's log-odds are noise around 0; one that squashes logits into an
-    # interval around 0, which is sound, has been shifted by half of its height.
-    all_floors = torch.cat(floors)
-    error = float(all_floors.std()) / math.sqrt(all_floors.numel()) if all_floors.numel() > 1 else math.inf
-    if float(all_floors.mean()) - 2 * error < -0.4:
+    # Where the inner sigmoid is 0 the outer one's log-odds are noise around 0. If a number is taken off the inner one,
+    # as to squash logits into an interval or to put a threshold, they lie elsewhere, and that is sound. Medians, since
+    # samples of low temperatures are rounded to 0 and 1.
+    everything = torch.cat(floors)
+    middle = float(everything.median())
+    spread = float((everything - middle).abs().median()) * 1.4826  # a standard deviation, were they normal
+    error = 2 * 1.2533 * spread / math.sqrt(everything.numel())
+    if error > 0.3 or abs(middle) > max(error, 1e-3):
         return []
     return [
         Finding(
@@ -175,7 +179,7 @@ def _sigmoid_twice(graph: Graph, uses: list[Use]) -> list[Finding]:
 
 
 def _floor(graph: Graph, outer: Node) -> Tensor | None:
-    """Log-odds of the outer sigmoid's result were the inner one 0, in multiples of the inner one's factor."""
+    """Log-odds of the outer sigmoid's result were the inner one 0, in multiples of the inner one's factor, flat."""
     (operand, *_) = edges(outer)
     inner = None if operand is None else _sigmoid_within(graph, operand)
     if operand is None or inner is None:
@@ -189,8 +193,7 @@ def _floor(graph: Graph, outer: Node) -> Tensor | None:
         return None
     if factor is None or factor.shape != below.shape or not bool((factor > 0).all()):
         return None
-    read = (above > 1e-5) & (above < 1 - 1e-5)
-    return (torch.logit(above[read].detach().double()) / factor[read].double() - below[read].detach().double()).cpu()
+    return (torch.logit(above.detach().double(), eps=1e-7) / factor.double() - below.detach().double()).flatten().cpu()
 
 
 def _sigmoid_within(graph: Graph, operand: Edge) -> Node | None:

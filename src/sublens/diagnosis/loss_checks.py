@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from sublens.diagnosis.findings import Finding
-from sublens.diagnosis.graph import RESHAPES, Graph, Term, edges, gradient_at, kind, saved, terms_of
+from sublens.diagnosis.graph import LINEAR, RESHAPES, Graph, Term, edges, gradient_at, kind, saved, terms_of
 from sublens.diagnosis.inputs import listed, shapes
 from sublens.diagnosis.replay import Replay
 
@@ -237,8 +237,8 @@ def penalty_checks(reading: LossReading, logits: Mapping[str, Tensor], orientati
         )
     if reading.penalties and (reading.task or reading.constant):
         _penalty_direction(reading, logits, orientation)
-    sizes = [term for term in reading.penalties if _is_size(reading.graph, term)]
-    if log_odds and sizes and len(sizes) == len(reading.penalties):
+    sizes = [term for term in reading.penalties if _is_size(term, reading.graph, logits)]
+    if log_odds and sizes and len(sizes) == len(reading.penalties):  # beside a count it bounds the logits
         reading.notes.append(
             Finding(
                 "penalty-of-size",
@@ -250,9 +250,20 @@ def penalty_checks(reading: LossReading, logits: Mapping[str, Tensor], orientati
         )
 
 
-def _is_size(graph: Graph, term: Term) -> bool:
-    """Whether the term is made of even functions of the logits themselves."""
-    return any(_is_even(node) and _is_logits(graph, node) for node in graph.below(term.edge))
+def _is_size(term: Term, graph: Graph, logits: Mapping[str, Tensor]) -> bool:
+    """Whether the term is made of even functions of the logits and nothing else, and pulls them towards 0."""
+    nodes = list(graph.below(term.edge))
+    if not any(_is_even(node) and _is_logits(graph, node) for node in nodes):
+        return False
+    if not all(_is_even(node) or kind(node) in LINEAR | {"Sqrt"} for node in nodes):
+        return False
+    targets = [tensor for tensor in logits.values() if tensor.requires_grad]
+    try:
+        found = gradient_at([(term.edge, term.coefficient)], targets, device=targets[0].device)
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    pulls = zip(found, targets, strict=True)
+    return sum(float((g * x.detach()).double().sum()) for g, x in pulls if g is not None) > 0
 
 
 def _is_even(node: Node) -> bool:

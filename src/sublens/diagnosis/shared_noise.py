@@ -35,13 +35,18 @@ class _Offset:
 
 
 def noise_checks(
-    graph: Graph, logits: Mapping[str, Tensor], gates: Sequence[Edge], task: Sequence[Edge]
+    graph: Graph,
+    logits: Mapping[str, Tensor],
+    gates: Sequence[Edge],
+    task: Sequence[Edge],
+    weights: Mapping[str, set[int]],
 ) -> tuple[list[Finding], list[Finding]]:
     """Findings and notes on noise that gates share.
 
     Args:
         gates: where gates meet weights, as far as that was found.
         task: the task's terms of the loss. (A penalty may shift its sigmoids as it likes: hard concrete's does.)
+        weights: addresses of what the gates of each logit tensor are multiplied with, as far as that was found.
     """
     relevant = {node for edge in gates for node in graph.below(edge)}
     gated = {name for edge in gates for name in graph.bits(graph.reach(edge))}
@@ -66,7 +71,7 @@ def noise_checks(
     if not drawn and len({round(offset.offset, 2) for offset in shifted}) > 1:
         drawn = shifted  # another number in each layer or sample: drawn, and not written down
     findings = [_shared(drawn)] if drawn else []
-    if twins := _repeated(drawn_noise):
+    if twins := _repeated(drawn_noise, weights):
         findings.append(
             Finding(
                 "noise-repeated",
@@ -120,15 +125,22 @@ def _noise_of(sample: "_Sample", logit: Tensor) -> _Noise | None:
         return None
     noise = torch.logit(values.clamp(_EDGE, 1 - _EDGE)) - slope * at
     error = float((2e-7 / (values[inner] * (1 - values[inner]))).max()) + 1e-5
-    return None if float(noise[inner].std()) < max(0.05, 8 * error) else _Noise(noise, inner, error)
+    found = noise[inner]
+    # A prior that is the same in several layers is no noise: it comes by rows, or in steps.
+    alike = len(torch.unique(torch.round(found / 1e-3))) < 0.9 * len(found)
+    if alike or float(found.std()) < max(0.05, 8 * error):
+        return None
+    return _Noise(noise, inner, error)
 
 
-def _repeated(drawn: Mapping[str, _Noise]) -> list[str]:
-    """Layers whose noise is that of another layer."""
+def _repeated(drawn: Mapping[str, _Noise], weights: Mapping[str, set[int]]) -> list[str]:
+    """Layers whose noise is that of another layer. Masks of the same weights, for two tasks, may well share theirs."""
     names = list(drawn)
     found: set[str] = set()
     for index, first in enumerate(names):
         for second in names[index + 1 :]:
+            if weights.get(first, set()) & weights.get(second, set()):
+                continue
             one, other = drawn[first], drawn[second]
             size = min(len(one.values), len(other.values))
             both = one.inner[:size] & other.inner[:size]
@@ -177,12 +189,18 @@ def _samples(graph: Graph, nodes: set[Node], bit: int, logit: Tensor) -> Iterato
             continue
         elif name in ("Sigmoid", "Tanh"):
             found = _of_sigmoid(graph, node, logit, replay)
-        elif name in ("Div", "Reciprocal"):
+        elif name == "Reciprocal" or (name == "Div" and _shape_of_divisor(node) == logit.shape):
             value = replay.value((node, 0))
             found = [] if value is None else [_Sample(value)]
         else:
             found = [_Sample(value) for value in _own_samples(node, logit)]
         yield from (sample for sample in found if bool(((sample.values >= 0) & (sample.values <= 1)).all()))
+
+
+def _shape_of_divisor(node: Node) -> torch.Size | None:
+    """Of one that depends on something learned: logits divided by a number are no samples."""
+    (_, divisor) = edges(node)
+    return None if divisor is None else shape_of(divisor)
 
 
 def _of_sigmoid(graph: Graph, node: Node, logit: Tensor, replay: Replay) -> list[_Sample]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from sublens.errors import SettingError
-from sublens.splitting import flatten
 from sublens.storage import hash_tensors
 
 Batches = Callable[[int], Any] | Iterable[Any]
@@ -52,15 +52,16 @@ class BatchSource:
     Attributes:
         epoch: number of the epoch now running, from 0; -1 before the first batch. Stays -1 for a callable.
         epoch_start: the step at which this epoch began.
+        remembered: number and hash of the last batch that was to be remembered, if there is one.
     """
 
     def __init__(self, batches: Batches, seed: int) -> None:
         self.epoch = -1
         self.epoch_start = 0
+        self.remembered: list[Any] | None = None
         self._batches = batches
         self._seed = seed
         self._iterator: Iterator[Any] | None = None
-        self._drawn: tuple[int, Any, list[int]] | None = None  # the last batch, its number, its tensors' versions
         self._expected: list[Any] | None = None  # what an earlier process drew last, until it is compared
         self._iterates = isinstance(batches, Iterable)
         if isinstance(batches, tuple) and batches and all(isinstance(part, Tensor) for part in batches):
@@ -75,25 +76,19 @@ class BatchSource:
             )
         self._generators = _own_generators(batches)
 
-    def __call__(self, step: int) -> Any:
-        """The batch of ``step``. Steps must be asked for in order, except right after :meth:`rewind`."""
+    def __call__(self, step: int, remember: bool = False) -> Any:
+        """The batch of ``step``. Steps must be asked for in order, except right after :meth:`rewind`.
+
+        Args:
+            remember: whether this may be the batch by which a resumed run sees that it draws the same ones.
+        """
         if self._expected is not None:  # only now: a run that has ended needs no batch
             _compare(self._expected, self._expected[0], self._draw(self._expected[0]))
             self._expected = None
         batch = self._draw(step)
-        self._drawn = step, batch, _versions(batch)
+        if remember and (found := _hash_of(batch)) is not None:
+            self.remembered = [step, found]
         return batch
-
-    def last(self) -> list[Any] | None:
-        """Number and hash of the last batch, to be known again when a run is resumed; ``None`` if there is none.
-
-        Nor is there one to be known of a batch that was changed in place since, or that holds no tensors.
-        """
-        if self._drawn is None:
-            return None
-        step, batch, versions = self._drawn
-        found = _hash_of(batch) if versions == _versions(batch) else None
-        return None if found is None else [step, found]
 
     def _draw(self, step: int) -> Any:
         if not self._iterates:
@@ -118,8 +113,9 @@ class BatchSource:
         The epoch's used batches are drawn again and dropped: how far a loader has come is nowhere else to be read.
 
         Args:
-            last: what :meth:`last` said before. If that batch is another one now, there is a warning.
+            last: what was ``remembered`` before. If that batch is another one now, there is a warning.
         """
+        self.remembered = last
         if not self._iterates:
             self._expected = last
         if not self._iterates or epoch < 0:
@@ -174,29 +170,43 @@ class BatchSource:
         )
 
 
-def _tensors(batch: Any) -> list[Tensor]:
-    leaves = (torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in _leaves(batch))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _leaves(batch: Any) -> list[Any]:
-    return [leaf for leaf in flatten(batch)[0] if not (isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufc")]
-
-
-def _versions(batch: Any) -> list[int]:
-    return [0 if tensor.is_inference() else tensor._version for tensor in _tensors(batch)]
-
-
 def _hash_of(batch: Any) -> str | None:
-    tensors = {str(place): tensor for place, tensor in enumerate(_tensors(batch))}
+    """Hash of the numbers and texts in a batch; ``None`` where there are none, or none that can be read as bytes."""
+    digest, found = hashlib.blake2b(digest_size=16), False
     try:
-        return hash_tensors(tensors) if tensors else None
-    except SettingError:  # sparse and the like, of which there are no bytes
+        for path, leaf in _leaves(batch, ""):
+            digest.update(f"{path} {type(leaf).__name__}\n".encode())
+            if isinstance(leaf, Tensor):
+                digest.update(hash_tensors({path: leaf}).encode())
+            elif isinstance(leaf, np.ndarray):
+                digest.update(f"{leaf.dtype} {leaf.shape}\n".encode() + np.ascontiguousarray(leaf).tobytes())
+            else:
+                digest.update(repr(leaf).encode())
+            found = True
+    except Exception:  # batches may hold whatever their loss can use: then nothing is promised of them
         return None
+    return digest.hexdigest() if found else None
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Tensor | str | bytes | int | float):
+        yield path, tree
+    elif isinstance(tree, np.ndarray):
+        if tree.dtype.kind in "biufcSU":
+            yield path, tree
+    elif isinstance(tree, Mapping):
+        for key in sorted(tree, key=repr):  # which may have been filled in any order
+            yield from _leaves(tree[key], f"{path}/{key}")
+    elif isinstance(tree, list | tuple):
+        for place, child in enumerate(tree):
+            yield from _leaves(child, f"{path}/{place}")
+    elif is_dataclass(tree):
+        for field in fields(tree):
+            yield from _leaves(getattr(tree, field.name), f"{path}/{field.name}")
 
 
 def _compare(last: list[Any], step: int, batch: Any) -> None:
-    if step == last[0] and _hash_of(batch) != last[1]:
+    if step == last[0] and _hash_of(batch) not in (last[1], None):
         warnings.warn(
             f"batches gave another batch for step {step} than before the run was interrupted, so the resumed run is not"
             " the one that would have come without the interruption. The data must be the same, and batches a pure"

@@ -90,7 +90,8 @@ class Training:
                     if state.recorded != state.step:
                         self._record(display, True)
                     return "steps"
-                batch = self._batches(state.step)
+                saved_next = state.step + 1 == settings.steps or (state.step + 1) % settings.checkpoint_every == 0
+                batch = self._batches(state.step, remember=self._folder is not None and (first or saved_next))
                 with uninterrupted(insist=True):
                     self._step(batch, first)
                 first = False
@@ -256,7 +257,7 @@ class Training:
         now = time.perf_counter()
         state.seconds += now - self._clock
         self._clock = now
-        state.batch = self._batches.last() if self._ranks.count == 1 else None  # else each has its own
+        state.batch = self._batches.remembered if self._ranks.count == 1 else None  # else each has its own
         folder.save(state, self._described, self._logits, self._optimizer)
 
     def seconds(self) -> float:

@@ -196,7 +196,8 @@ class _Training:
                     self._save()
                 if state.step == job.steps:
                     break
-                batch = self.source(state.step)
+                saved_next = state.step + 1 == job.steps or (state.step + 1) % CHECKPOINT_EVERY == 0
+                batch = self.source(state.step, remember=self.source.remembered is None or saved_next)
                 with uninterrupted(insist=True):
                     self._step(batch)
                 display.step(state.step)
@@ -278,7 +279,7 @@ class _Training:
         self.state.seconds += now - self._clock
         self._clock = now
         if self._store.checkpoint_step != self.state.step:
-            self.state.batch = self.source.last()
+            self.state.batch = self.source.remembered
             self._store.save(self.state, self._settings, self._job.tensors, self._job.optimizer)
 
     def seconds(self) -> float:
