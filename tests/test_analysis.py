@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -231,10 +232,38 @@ def test_accuracies_of_nan_are_warned_of() -> None:
     keep = torch.ones(3, 4, dtype=torch.bool)
     keep[1] = False
     metrics = {"class 1": lambda net: (net(x)["logits"].argmax(1) == 1).double().mean()}
-    with pytest.warns(UserWarning, match="Among what the network under the mask gives is NaN"):
+    with pytest.warns(UserWarning, match="under the mask gives is NaN, which the whole network does not"):
         assert accuracies(network, metrics, Mask({"weight": keep}, network)) == {"class 1": 1.0}
     accuracies(network, metrics, Mask({"weight": ~keep | keep}, network))  # a warning would be an error here
     assert not network._forward_hooks
+
+
+class Padded(nn.Module):
+    """NaN at one place, whatever the weights, as in a row of attention that sees nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.out(x)
+        return found.masked_fill(torch.arange(len(x))[:, None] == 0, float("nan"))
+
+
+def test_what_metrics_do_with_a_network_is_not_disturbed() -> None:
+    network, x = Padded(), torch.randn(6, 4)
+    plain = nn.Linear(4, 3)
+    mask = Mask({"out.weight": torch.rand(3, 4) < 0.5}, network)
+    of_plain = Mask({"weight": torch.rand(3, 4) < 0.5}, plain)
+    accuracies(network, {"padded": lambda net: net(x)[1:].mean()}, mask)  # a warning would be an error
+    metrics = {
+        "vmap": lambda net: torch.vmap(net)(x).mean(),
+        "pickled": lambda net: float(len(pickle.dumps(net)) > 0),
+        "sparse": lambda net: net(x).to_sparse().sum(),
+        "compiled": lambda net: torch.compile(net, fullgraph=True, backend="eager")(x).mean(),
+    }
+    found = accuracies(plain, metrics, of_plain)
+    assert found["vmap"] == pytest.approx(found["compiled"])
 
 
 def test_the_first_half_is_the_larger_one() -> None:

@@ -1,6 +1,7 @@
 """``inspect`` from end to end, on a study that takes seconds."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -593,6 +594,30 @@ def test_a_function_of_a_study_that_cannot_be_called_as_it_will_be(field: str, f
     with pytest.raises(StudyError, match=said):
         make_study(**{field: function})
     assert make_study(network=lambda *seeds, width=4: nn.Linear(4, width)).name == "copy"
+
+
+def test_a_decorator_may_give_a_function_what_it_needs() -> None:
+    def with_data(function: Callable[[nn.Module, Tensor], float]) -> Callable[[nn.Module], float]:
+        @functools.wraps(function)
+        def inner(net: nn.Module) -> float:
+            return function(net, torch.ones(2))
+
+        return inner
+
+    @with_data
+    def metric(net: nn.Module, data: Tensor) -> float:
+        return float(data.mean())
+
+    assert dataclasses.replace(task("low", [0]), metric=metric).measure(nn.Identity()) == 1
+
+
+def test_what_can_be_iterated_is_no_function() -> None:
+    class Loader(list[Tensor]):
+        def __call__(self) -> None:
+            raise AssertionError("called")
+
+    batches = Loader([torch.randn(16, 4)])
+    assert dataclasses.replace(task("low", [0]), batches=batches).batches_for(3) is batches
 
 
 def test_an_empty_folder_and_a_new_one_can_be_resumed_into(tmp_path: Path) -> None:

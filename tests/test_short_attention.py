@@ -114,6 +114,30 @@ class Again(Asks):
         return found
 
 
+class AgainWithin(Asks):
+    """Likewise, and the network itself turns autocast on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(**BFLOAT16):
+            found: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return found
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_what_turns_autocast_on_within_can_be_run_again(samples: int) -> None:
+    masked, x = MaskedNetwork(AgainWithin(), samples=samples, seed=1).train(), torch.randn(8, 5, 16)
+    masked(x).float().square().mean().backward()
+    assert all(bool(logit.grad.abs().sum() > 0) for logit in masked.logits.values())
+
+
+def test_float64_is_left_alone() -> None:
+    inputs = [x.detach().double() for x in heads(5)]
+    with torch.autocast(**BFLOAT16):
+        assert short_attention.attention(*inputs).dtype == torch.float64
+        asks = MaskedNetwork(Asks().double(), samples=1).train()
+        assert asks(torch.randn(2, 5, 16, dtype=torch.float64)).dtype == torch.float64
+
+
 @pytest.mark.parametrize("samples", [1, 4])
 def test_what_is_run_again_by_a_checkpoint_chooses_as_before(samples: int) -> None:
     gradients = []

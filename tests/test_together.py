@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from sublens.analysis import reused_share
-from sublens.errors import NonFiniteError, SettingError, StudyError
+from sublens.errors import FileError, NonFiniteError, SettingError, StudyError
 from sublens.gates import GumbelSigmoid
 from sublens.inspection import inspect, used_before
 from sublens.inspection import network as network_module
@@ -247,6 +249,21 @@ def test_the_penalty_closes_gates_and_is_recorded(finished: Path, tmp_path: Path
     assert {"loss", "penalty", "gradient_norm", "one", "two"} <= set(last)
     run(tmp_path / "none", alpha=0.0)
     assert masks_of(tmp_path / "none")["zero"].kept > masks_of(finished)["zero"].kept
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_weights_of_a_task_are_made_again(finished: Path, tmp_path: Path, damaged: bool) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    gone = folder / "networks" / f"{NAMES[-1]}.safetensors"
+    if damaged:
+        gone.write_bytes(gone.read_bytes()[:40])
+        (folder / "result.json").unlink()
+        with pytest.raises(FileError, match=re.escape(f"Delete {gone}, and --resume makes it again")):
+            run(folder, resume=True)
+    gone.unlink()
+    run(folder, resume=True)
+    assert {**contents(folder), "history.jsonl": b""} == {**contents(finished), "history.jsonl": b""}
 
 
 @pytest.mark.parametrize("stop", [3, 101])

@@ -53,6 +53,7 @@ def covered(
     kept = {name: tensor for name, tensor in tensors.items() if name not in drawn}
     shapes = {name: tensors[name].shape for name in drawn}
     trained = {key: tensors[names[key][0]].requires_grad for key in again}
+    replaced = short_attention.is_replaced()
 
     def run_again(function: Callable[..., Any], used: set[int], args: Any, kwargs: Any) -> Any:
         made = {key: again[key]().requires_grad_(trained[key]) for key in used}
@@ -61,7 +62,7 @@ def covered(
         weights = kept | {name: (made | without)[key] for name, key in drawn.items()}
         makers = {id(made[key]): again[key] for key in used}
         # The second run must choose as the first one did, or autograd finds other tensors than it was promised.
-        with at_rest(network), short_attention.replaced(), covered(network, weights, makers):
+        with at_rest(network), short_attention.replaced(replaced), covered(network, weights, makers):
             whole = {f"network.{name}": tensor for name, tensor in weights.items()}
             return functional_call(_Part(network, function), whole, args, kwargs)
 

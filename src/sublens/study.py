@@ -75,7 +75,7 @@ class Task:
                 raise StudyError(f"Task {self.name!r}: {part} must be a function{also}, not {_kind(value)}.")
         _check_takes(f"Task {self.name!r}: loss", self.loss, "net", "batch")
         _check_takes(f"Task {self.name!r}: metric", self.metric, "net")
-        if callable(self.batches):
+        if not isinstance(self.batches, Iterable):
             seed = ("seed",) if _asks_for_seed(self.batches) else ()
             _check_takes(f"Task {self.name!r}: batches", self.batches, "step", by_name=seed)
 
@@ -101,7 +101,7 @@ class Task:
     def batches_for(self, seed: int) -> Callable[[int], Any] | Iterable[Any]:
         """Return ``batches`` as ``fit`` takes them, with ``seed`` put in if they ask for one."""
         batches = self.batches
-        if not callable(batches):
+        if isinstance(batches, Iterable):
             return batches
         return partial(batches, seed=seed) if _asks_for_seed(batches) else batches
 
@@ -415,9 +415,9 @@ def _check_name(what: str, name: object) -> None:
         )
 
 
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+def _signature(function: Callable[..., Any], *, follow_wrapped: bool = True) -> inspect.Signature | None:
     try:
-        return inspect.signature(function)
+        return inspect.signature(function, follow_wrapped=follow_wrapped)
     except (TypeError, ValueError):  # some builtins have none
         return None
 
@@ -429,7 +429,7 @@ def _asks_for_seed(batches: Callable[..., Any]) -> bool:
 
 def _check_takes(what: str, function: Callable[..., Any], *given: str, by_name: Sequence[str] = ()) -> None:
     """Refuse now what would fail with a TypeError in the middle of a run."""
-    signature = _signature(function)
+    signature = _signature(function, follow_wrapped=False)  # a decorator may give or drop arguments
     if signature is None:
         return
     try:

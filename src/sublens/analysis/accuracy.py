@@ -42,35 +42,54 @@ def accuracies(network: nn.Module, metrics: Metrics, mask: Mask | None = None) -
     check_named("metrics", metrics, "{'accuracy': accuracy}")
     if mask is not None:
         check_mask("What the network is measured under", mask)
-    with measuring(network) as net, _nan_noticed(net, "the network" if mask is None else "the network under the mask"):
+    with measuring(network) as net:
         if mask is None:
             return {name: _number(name, metric(net)) for name, metric in metrics.items()}
-        with mask.applied(net):
-            return {name: _number(name, metric(net)) for name, metric in metrics.items()}
+        nan = _FirstNaN()
+        handle = net.register_forward_hook(nan, with_kwargs=True)
+        try:
+            with mask.applied(net):
+                found = {name: _number(name, metric(net)) for name, metric in metrics.items()}
+        finally:
+            handle.remove()
+        nan.warn_of_what_the_mask_does(net)
+        return found
 
 
-@contextmanager
-def _nan_noticed(network: nn.Module, what: str) -> Iterator[None]:
-    """Warn if the network gives NaN: argmax takes NaN for the highest, so that a metric may even come out at 1."""
-    broken = False
+class _FirstNaN:
+    """A forward hook that keeps the first call whose outputs hold NaN. Not a closure, so that networks stay picklable.
 
-    def look(module: nn.Module, args: Any, outputs: Any) -> None:
-        nonlocal broken
-        tensors = (leaf for leaf in flatten(outputs)[0] if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
-        broken = broken or any(bool(tensor.isnan().any()) for tensor in tensors)
+    argmax takes NaN for the highest value, so that a metric may even come out at 1.
+    """
 
-    handle = network.register_forward_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if broken:
+    def __init__(self) -> None:
+        self.call: tuple[Any, Any] | None = None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        if self.call is None and not torch.compiler.is_compiling() and _holds_nan(outputs):
+            self.call = args, kwargs
+
+    def warn_of_what_the_mask_does(self, network: nn.Module) -> None:
+        """Warn if the whole network gives no NaN for that call, as it may at padded places or in place of a loss."""
+        if self.call is None or _holds_nan(network(*self.call[0], **self.call[1])):
+            return
         warnings.warn(
-            f"Among what {what} gives is NaN. argmax takes NaN for the highest value, so accuracies of it say nothing."
-            " A usual cause is 0 / 0: a layer under weight_norm divides rows by their norms, also those that a mask"
-            " removes wholly. Leave such layers out of the mask (where=), or remove the parametrization first.",
-            stacklevel=4,
+            "Among what the network under the mask gives is NaN, which the whole network does not give. argmax takes"
+            " NaN for the highest value, so accuracies of it say nothing. A usual cause is 0 / 0: a layer under"
+            " weight_norm divides rows by their norms, also those that a mask removes wholly. Leave such layers out of"
+            " the mask (where=), or remove the parametrization first.",
+            stacklevel=3,
         )
+
+
+def _holds_nan(outputs: Any) -> bool:
+    try:
+        return any(
+            isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any())
+            for leaf in flatten(outputs)[0]
+        )
+    except Exception:  # tensors under a transform such as vmap, and kinds of tensors that know no isnan
+        return False
 
 
 def bands(found: Sequence[Mapping[str, float]]) -> dict[str, Band]:

@@ -120,10 +120,11 @@ class Folder:
         folder.mkdir(exist_ok=True)
         return folder / f"{task}.safetensors"
 
-    def holds(self, masks: Iterable[str]) -> bool:
+    def holds(self, masks: Iterable[str], *, together: bool) -> bool:
         """Return whether the masks of these names are there, and the network or networks that they belong to."""
-        networks = self.network.exists() or (self.path / "networks").is_dir()
-        return networks and all(self.mask(name).exists() for name in masks)
+        names = list(masks)
+        networks = [self.network_of(name) for name in names] if together else [self.network]
+        return all(path.exists() for path in (*networks, *map(self.mask, names)))
 
     def checkpoints(self, part: str) -> Path:
         """Return the folder of a part's checkpoint while it is being trained."""
@@ -182,6 +183,8 @@ class Folder:
         try:
             yield
         except FileError as error:
+            if isinstance(error.__cause__, OSError):  # it may be whole, and only not for us
+                raise
             raise FileError(f"{error}. Delete {path}, and --resume makes it again.") from error
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:

@@ -104,7 +104,7 @@ def _finished(
 ) -> dict[str, Any]:
     """Return the run's result, made now as far as it or a part of the run is not there."""
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
-    if result is None or not folder.holds(_parts(study)):
+    if result is None or not folder.holds(_parts(study), together=study.together is not None):
         networks, masks = _trained(study, seed, folder, weights, progress)
         if unknown := [name for name in masks if name not in folder.keep_probabilities()]:
             log.warning(

@@ -34,7 +34,7 @@ def train_together(
     masks: dict[str, Mask] = {}
     previous: nn.Module | None = None
     for task in (study.control, *study.tasks):
-        if folder.mask(task.name).exists():
+        if folder.mask(task.name).exists() and folder.network_of(task.name).exists():
             with folder.reading(folder.network_of(task.name)):
                 network = load_network(study, seed, folder.network_of(task.name))
             with folder.reading(folder.mask(task.name)):

@@ -23,7 +23,7 @@ def attention(
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``; the result has the dtype that it would have there."""
     plain: Callable[..., Tensor] = functional.scaled_dot_product_attention
-    if not _rounds() or key.shape[-2] > _SHORT:
+    if not _rounds() or any(_stays(x) for x in (query, key, value)) or key.shape[-2] > _SHORT:
         return plain(query, key, value, attn_mask, *rest, **more)
     added = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
     with torch.autocast("cpu", enabled=False):
@@ -31,9 +31,24 @@ def attention(
     return found.to(torch.bfloat16)
 
 
-def replaced() -> AbstractContextManager[Any]:
-    """A context in which the attention that networks ask for is :func:`attention`, where that makes a difference."""
-    return _Replacing() if _rounds() and not torch.compiler.is_compiling() else nullcontext()
+def replaced(again: bool | None = None) -> AbstractContextManager[Any]:
+    """A context in which the attention that networks ask for is :func:`attention`, where that makes a difference.
+
+    Args:
+        again: whether it is, for what is run again: what :func:`is_replaced` said then.
+    """
+    wanted = _rounds() and not torch.compiler.is_compiling() if again is None else again
+    return _Replacing() if wanted else nullcontext()
+
+
+def is_replaced() -> bool:
+    """Whether the code at hand runs in such a context."""
+    return any(isinstance(mode, _Replacing) for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _stays(x: Tensor) -> bool:
+    """Whether autocast, or the kernel for plain tensors, has nothing to do with it."""
+    return x.dtype not in (torch.float32, torch.bfloat16) or x.is_nested
 
 
 def _rounds() -> bool:

@@ -1,6 +1,7 @@
 """One process at a time writes a run's folder."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,14 +30,15 @@ def held(folder: Path) -> Iterator[None]:
     except Timeout:
         raise FileError(
             f"Another run is writing in {folder} now (it holds {path}). Wait until it has ended, or give another"
-            " folder."
+            " folder. (Only if its machine has gone, so that nothing can write there any more, delete that file.)"
         ) from None
     except OSError:
         pass  # no locks there, or no writing: the first file that is written will say so
+    owner = os.getpid()
     try:
         yield
     finally:
-        if locked:
+        if locked and os.getpid() == owner:  # a forked child that ends here holds nothing
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)  # while it is held: who comes now locks a new file
             lock.release()
