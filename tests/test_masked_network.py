@@ -903,6 +903,8 @@ def test_a_later_call_that_vmap_does_not_take_falls_back() -> None:
         ({"keep": "much"}, "keep='much' is no number"),
         ({"keep": True}, "keep=True is no number"),
         ({"seed": "one"}, "seed='one' is not a whole number"),
+        ({"seed": 2**70}, r"must be a whole number from 0 to 2\*\*63-1"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
     ],
 )
 def test_a_thing_of_another_kind_is_refused_when_the_network_is_made(settings: Any, said: str) -> None:
@@ -916,6 +918,26 @@ def test_a_thing_of_another_kind_is_refused_when_the_network_is_made(settings: A
 def test_the_module_in_a_data_parallel_one_is_asked_for() -> None:
     with pytest.raises(SettingError, match=r"network\.module"):
         sl.MaskedNetwork(nn.DataParallel(mlp()))
+
+
+def test_what_is_no_module_is_refused() -> None:
+    for network, kind in ((None, "NoneType"), (3, "int"), (lambda x: x, "function")):
+        with pytest.raises(SettingError, match=f"The network is a {kind}; it must be a torch.nn.Module"):
+            sl.MaskedNetwork(network)  # type: ignore[arg-type]
+
+
+def test_what_only_the_network_has_is_said_to_be_there() -> None:
+    network = mlp()
+    network.embed = nn.Linear(2, 2)
+    masked = sl.MaskedNetwork(network)
+    with pytest.raises(
+        AttributeError, match=r"no 'embed'; its network has.*network\.embed is that of the unmasked network"
+    ):
+        _ = masked.embed
+    with pytest.raises(AttributeError, match="object has no attribute 'nothing'"):
+        _ = masked.nothing
+    assert not hasattr(masked, "embed")
+    assert copy.deepcopy(masked).samples == masked.samples
 
 
 def test_torchscript_is_refused_by_the_name_of_its_part() -> None:

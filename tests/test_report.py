@@ -299,6 +299,16 @@ def test_the_verdict_stands_on_top(run):
     assert read(run).reused == {"mul": 0.25}
 
 
+def test_the_sentence_on_training_says_what_was_measured():
+    once = [{"step": 60, "kept": 0.699}]
+    twice = [{"step": 100, "kept": 0.731}, {"step": 800, "kept": 0.306}]
+    said = sentences.curves({"rows": once, "columns": twice}).replace("\u00a0", " ")
+    assert said == (
+        "The rows mask kept 69.9 % after 60 steps; the columns mask kept 73.1 % after 100 steps and 30.6 % after 800"
+        " (\u221242.5 points over the last tenth)."
+    )
+
+
 def test_every_sentence_follows_its_numbers(tmp_path):
     """Each sentence changes when its own numbers do, and only then."""
 

@@ -214,3 +214,19 @@ def test_each_layer_has_the_penalty_of_its_own_alpha(network: nn.Module) -> None
     assert [float(logit.grad.unique()) for logit in masked.logits.values() if logit.grad is not None] == [0.5, 2.0]
     with pytest.raises(SettingError, match=r"alpha has values for \['0.weight'\]; masked are"):
         masked.penalty({"0.weight": 0.5})
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_what_is_left_to_ranking_is_told(per_layer: bool) -> None:
+    torch.manual_seed(0)
+    network, x = nn.Linear(6, 8), torch.randn(32, 6)
+
+    def train(lr: float) -> sl.Run:
+        return sl.fit(
+            network, lambda step: x, lambda net, x: net(x).square().mean(), steps=100, lr=lr, kept=0.25,
+            per_layer=per_layer, progress=False,
+        )  # fmt: skip
+
+    with pytest.warns(UserWarning, match=r"After 100 steps the mask kept 100.0% of .* where 25.0% were asked for"):
+        assert train(1e-3).mask.kept == 0.25
+    assert train(0.2).mask.kept == 0.25  # a warning would be an error

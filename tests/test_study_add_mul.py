@@ -324,3 +324,21 @@ def test_seeds_are_pure_and_apart() -> None:
     assert len(seeds) == 900
     assert seed_from(1, "23") != seed_from(12, "3")
     assert seed_from(0, "network") == seed_from(0, "network") < 2**63
+
+
+def test_what_a_file_is_asked_for_is_written_down_even_if_the_file_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch, sublens as sl\n"
+        "from torch import nn\n"
+        "def study(limit=64, widths=(3,), where=None):\n"
+        "    t = lambda name: sl.Task(name=name, batches=lambda step: torch.randn(limit, 2),\n"
+        "        loss=lambda net, x: net(x).mean(), metric=lambda net: 0.5)\n"
+        "    return sl.Study(name='mine', network=lambda seed: nn.Linear(2, 2), tasks=[t('a')], control=t('b'),\n"
+        "        batch_size=limit, settings={'widths': [9]})\n"
+    )
+    asked = studies.load(path, limit=16, widths=(4, 5), where=path)
+    assert asked.settings["limit"] == 16
+    assert asked.settings["where"] == str(path)
+    assert asked.settings["widths"] == [9]  # what the file itself says of a setting comes first
+    assert "limit" not in studies.load(path).settings

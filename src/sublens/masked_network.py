@@ -111,11 +111,15 @@ class MaskedNetwork(nn.Module):
         super().__init__()
         if isinstance(network, MaskedNetwork):
             raise SettingError("The network is a MaskedNetwork already; give the network that it masks.")
+        if not isinstance(network, nn.Module):
+            raise SettingError(f"The network is a {type(network).__name__}; it must be a torch.nn.Module.")
         start = initial_logit(keep)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise SettingError(f"samples is {samples!r}; it must be a whole number of 1 or more (the paper uses 4).")
         if isinstance(seed, bool) or not hasattr(seed, "__index__"):
             raise SettingError(f"seed={seed!r} is not a whole number.")
+        if not 0 <= operator.index(seed) < 2**63:
+            raise SettingError(f"seed={seed!r} must be a whole number from 0 to 2**63-1.")
         if not (gate is None or isinstance(gate, Gate)):
             raise SettingError(
                 f"gate={gate!r} is no gate; it must be an object such as sublens.GumbelSigmoid() or sublens.TopK(0.1)."
@@ -156,6 +160,21 @@ class MaskedNetwork(nn.Module):
             logits = torch.full(grouping.grid, start, dtype=torch.float32, device=parameters[name].device)
             logits = self.gate.start(logits, Draw(seed, 0, 0, parameter_id(name)))
             self._places[name] = _plant(self.logits_tree, name, nn.Parameter(logits))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            network = self.__dict__.get("_network", (None,))[0]
+            if name.startswith("_") or not hasattr(network, name):
+                raise
+            raise AttributeError(
+                f"A MaskedNetwork has no {name!r}; its network has. Masked weights are in the network only while it is"
+                f" called, so call the masked network as a whole. network.{name} is that of the unmasked network; in"
+                " evaluation, `with masked.mask().applied(network)` puts the mask in.",
+                name=name,
+                obj=self,
+            ) from error
 
     @property
     def network(self) -> nn.Module:

@@ -361,7 +361,7 @@ def _unable(what: str, mask: str, able: float) -> str:
     return (
         f"{what} is answered under {mask} only {_percent(able)} of the way from random masks to all right, where"
         f" {100 * ABLE:.0f} % are asked for. Either the network has not learned it, and has no weights to be found, or"
-        " the mask keeps so many weights that random masks of its layer sizes do as well"
+        " the mask keeps so many weights, or so few, that random masks of its layer sizes do as well"
     )
 
 
@@ -394,7 +394,8 @@ def _weights(pair: Evidence) -> tuple[str, str]:
         return "unknown", f"how much {names} share has nothing to be measured by: no task's mask was trained twice"
     index, low, high = pair.index
     text = (
-        f"{names} share {index:.2f} (95 % interval {low:.2f} to {high:.2f}) of what the same task trained again shares"
+        f"{names} share {index:.2f} (95 % interval {low:.2f} to {high:.2f}) of what a task shares with itself, trained"
+        " again"
     )
     weights = "same" if low > SAME else "different" if high < SAME else "unknown"
     where = {"same": "above", "different": "below"}.get(weights, "on both sides of")

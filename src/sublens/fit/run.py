@@ -22,7 +22,7 @@ from sublens.fit.optimizers import describe_optimizer, make_optimizer
 from sublens.fit.progress import Display
 from sublens.fit.ranks import Processes, Ranks
 from sublens.fit.settings import DEFAULT_ALPHA, DEFAULT_LR, Record, Settings, Settled
-from sublens.fit.strength import AlphaPath, Controller
+from sublens.fit.strength import ENOUGH, AlphaPath, Controller
 from sublens.fit.training import Training
 from sublens.gates import ContinuousSparsification, Gate, Penalty
 from sublens.gates.ranked import RankedGate
@@ -32,8 +32,6 @@ from sublens.masked_network import MaskedNetwork
 from sublens.ranking import Kept
 from sublens.selection import Where
 from sublens.storage import held
-
-_ENOUGH = 100  # steps from which on a mask of no use is worth a word; fewer are a trial
 
 
 @dataclass(frozen=True)
@@ -252,7 +250,7 @@ def fitting(
         ranks.check_equal(masked.logits, state.step)
         logits = {name: logit.detach() for name, logit in masked.logits.items()}
         mask = masked.mask()
-        if mask.kept == 1 and settings.alpha and state.step >= _ENOUGH and ranks.leads:
+        if mask.kept == 1 and settings.alpha and state.step >= ENOUGH and ranks.leads:
             lowest = min(float(layer.min()) for layer in masked.decisions().values())
             warnings.warn(
                 f"The mask keeps every weight after {state.step} steps: no logit has come below 0, the lowest is"
@@ -260,14 +258,14 @@ def fitting(
                 " or a larger lr or alpha.",
                 stacklevel=4,  # past this generator, and who goes through it
             )
-        if mask.kept == 0 and isinstance(settings.alpha, int | float) and state.step >= _ENOUGH and ranks.leads:
+        if mask.kept == 0 and isinstance(settings.alpha, int | float) and state.step >= ENOUGH and ranks.leads:
             warnings.warn(
                 f"The mask removes every weight after {state.step} steps: the penalty outweighs what the loss loses by"
                 " it. Take a smaller alpha, and see that the loss depends on what the network gives.",
                 stacklevel=4,
             )
         soft = masked.gate
-        if isinstance(soft, ContinuousSparsification) and _ENOUGH <= state.step < soft.steps and ranks.leads:
+        if isinstance(soft, ContinuousSparsification) and state.step < soft.steps >= ENOUGH and ranks.leads:
             warnings.warn(
                 f"{soft!r} was to be trained for {soft.steps} steps and was for {state.step}: its gates are soft still,"
                 f" with a beta of {soft.beta(state.step):.3g} where {soft.final:.3g} is the end. The binary mask is not"

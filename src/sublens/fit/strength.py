@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -68,6 +69,10 @@ ARRIVAL = 0.8
 """Part of the run after which the target is to be reached. The rest settles the mask there."""
 LOOKS = 500
 """How often a run looks at its expected fraction, which takes a pass over all logits: at every step of a short run."""
+ENOUGH = 100
+"""Steps from which on a mask of no use is worth a word; fewer are a trial."""
+LEFT_OVER = 0.1
+"""Share of the elements that may be taken away by ranking at the end of a run before it is worth a word."""
 MEMORY = 0.9
 """Part of the smoothed speed that is kept from one look to the next."""
 
@@ -144,10 +149,12 @@ class Controller:
         logits = self.masked.logits
         before, kept = self.masked.decisions(), dict[str, Tensor]()
         with torch.no_grad():
-            for names, _, count in self._groups:
+            for names, size, count in self._groups:
                 decisions = {name: before[name] for name in names}
-                if sum(int((decision > 0).sum()) for decision in decisions.values()) == count:
+                held = sum(int((decision > 0).sum()) for decision in decisions.values())
+                if held == count:
                     continue
+                self._warn_of_ranking(names, held / size, count / size)
                 highest = highest_of(decisions, count, per_layer=False)
                 lowest = min(float(decisions[name][highest[name]].min()) for name in names if highest[name].any())
                 below = [float(decisions[name][~highest[name]].max()) for name in names if not highest[name].all()]
@@ -159,6 +166,16 @@ class Controller:
             for name, chosen in kept.items():
                 # Equal ones on the border, and those that rounding put on its other side.
                 logits[name].add_(1e-5 * (chosen & (after[name] <= 0))).sub_(1e-5 * (~chosen & (after[name] > 0)))
+
+    def _warn_of_ranking(self, names: list[str], held: float, asked: float) -> None:
+        if self.steps >= ENOUGH and abs(held - asked) > max(LEFT_OVER, asked):
+            where = f"of {', '.join(names)}" if self.per_layer else "of the weights"
+            warnings.warn(
+                f"After {self.steps} steps the mask kept {held:.1%} {where}, where {asked:.1%} were asked for: what is"
+                " between was taken away by ranking and not by training, so this mask may do far worse than one of its"
+                " size can. Take more steps, or a larger lr (with Adam a logit moves by at most about lr in a step).",
+                stacklevel=2,
+            )
 
     def _shares(self) -> dict[str, float]:
         with torch.no_grad():

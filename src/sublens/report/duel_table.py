@@ -122,7 +122,8 @@ def duel_csv(table: DuelTable) -> str:
          "iou_by_chance", "seconds", "memory_bytes"]
     )  # fmt: skip
     for row in table.rows:
-        _, low, high = interval(row.accuracy) or (0.0, "", "")
+        found = interval(row.accuracy)
+        low, high = ("", "") if found is None else (max(0.0, found[1]), min(1.0, found[2]))
         known = [value for value in row.memory if value is not None]
         writer.writerow(
             [row.task, row.contestant, row.asked, statistics.fmean(row.kept), len(row.accuracy),

@@ -148,6 +148,7 @@ def _render(run: RunFolder, drawn: Mapping[str, Drawing]) -> str:
     return environment.get_template("page.html.j2").render(
         run=run,
         texts=texts,
+        units="weights" if run.settings.get("groups") in (None, "weight") else "groups",
         groups=_accuracy_groups(run),
         confusions=[
             {"who": who, "table": table, "columns": _columns(table), "sentence": sentences.confusion(table, who)}

@@ -157,20 +157,16 @@ def overlap(pair: Overlap, repeats: Mapping[str, Overlap]) -> str:
 
 
 def curves(history: Mapping[str, Sequence[Record]]) -> str:
-    """Say where each mask's training began and ended."""
+    """Say what each mask kept when it was first measured, and when its training ended."""
     parts = []
     for name, records in history.items():
         with_kept = [record for record in records if "kept" in record]
         if with_kept:
             first, last = with_kept[0], with_kept[-1]
-            verb = "fell" if last["kept"] < first["kept"] else "rose" if last["kept"] > first["kept"] else "stayed"
-            range_ = (
-                f"at {percent(last['kept'])}"
-                if verb == "stayed"
-                else f"from {percent(first['kept'])} to {percent(last['kept'])}"
-            )
+            began = "" if first is last else f"{percent(first['kept'])} after {first['step']:,.0f} steps and "
             parts.append(
-                f"the {name} mask's kept share {verb} {range_} in {last['step']:,.0f} steps{_still(with_kept)}"
+                f"the {name} mask kept {began}{percent(last['kept'])} after {last['step']:,.0f}"
+                f"{' steps' if first is last else ''}{_still(with_kept)}"
             )
     return _sentence("; ".join(parts)) if parts else "No kept share was recorded."
 

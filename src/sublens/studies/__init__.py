@@ -137,8 +137,17 @@ def _load(name_or_path: str | Path, settings: Mapping[str, Any], also: Sequence[
     except OSError as error:
         raise StudyError(f"Cannot read the study {path}: {error.strerror}.") from error
     study = _build(_function_of(path, source), str(path), settings, also, path)
-    # The file's hash among the settings: a run of another version of the file is another run.
-    return replace(study, settings={**study.settings, "file_sha256": hashlib.sha256(source).hexdigest()})
+    # A run of another version of the file, or with another value of a parameter, is another run, whether or not the
+    # file thinks of writing it down.
+    asked = {key: _plain(value) for key, value in settings.items() if value is not None and key != "preset"}
+    return replace(study, settings={**asked, **study.settings, "file_sha256": hashlib.sha256(source).hexdigest()})
+
+
+def _plain(value: Any) -> Any:
+    """A setting's value as JSON has it."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def configured(name_or_path: str | Path, settings: Mapping[str, Any]) -> Study:
