@@ -1147,3 +1147,33 @@ def test_a_prior_that_layers_share_is_no_noise() -> None:
 def test_what_does_not_pull_logits_to_nothing_is_no_penalty_of_size(penalty: Any) -> None:
     loop = Loop()
     assert "penalty-of-size" not in notes(loop.loss() + penalty(loop.logits.values()), loop.logits, loop.optimizer)
+
+
+def flipped(logit: Tensor, one: bool = False) -> Tensor:
+    soft = torch.sigmoid((logit + logistic(logit, False)) / 0.7)
+    return (soft > 0.5).float() + soft.detach() - soft
+
+
+def flipped_and_soft(logit: Tensor, one: bool = False) -> Tensor:
+    soft = torch.sigmoid(logit + logistic(logit, False))
+    return 2 * soft.detach() - soft
+
+
+@pytest.mark.parametrize("penalty", ["none", "paper", "expected"])
+@pytest.mark.parametrize("start", [0.0, 1.0, None])
+@pytest.mark.parametrize("gate", [flipped, flipped_and_soft])
+@pytest.mark.parametrize("build", NETWORKS)
+def test_a_straight_through_gradient_turned_around(build: Any, gate: Gate, start: float | None, penalty: str) -> None:
+    loop = Loop(build, gate, PENALTIES[penalty], start=start)
+    said = codes(loop.loss(), loop.logits, loop.optimizer)
+    assert said[0] == "gradient-reversed"
+    assert "penalty-sign" not in said
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("gate", [hard_minus_soft, own_function, hard_concrete, relaxed_bernoulli, sigmoid_score])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_straight_through_gradient_of_either_convention_is_fine(gate: Gate, sign: int, seed: int) -> None:
+    loop = Loop(gate=lambda logit, one: gate(sign * logit), start=None)
+    torch.manual_seed(seed)
+    assert codes(loop.loss(), loop.logits, loop.optimizer) == []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sublens.diagnosis import loss_checks
 from sublens.diagnosis.findings import Diagnosis, Finding
-from sublens.diagnosis.gate_checks import gate_checks, orientation_of, scores_of, slopes_of, uses_of
+from sublens.diagnosis.gate_checks import gate_checks, orientation_of, reversed_gates, scores_of, slopes_of, uses_of
 from sublens.diagnosis.graph import Graph, gradient_at
 from sublens.diagnosis.inputs import listed, named_logits, param_groups
 from sublens.diagnosis.optimizer_checks import optimizer_checks
@@ -154,7 +154,11 @@ def _read_graph(
     reading = loss_checks.read_loss(loss, graph, named, groups)
     uses = uses_of(graph, named)
     slopes = slopes_of(uses, named)
-    loss_checks.penalty_checks(reading, named, orientation_of(slopes), bool(slopes) and not scores_of(slopes))
+    turned = reversed_gates(graph, uses, slopes, named)
+    findings += turned
+    # What a gradient that is turned around says of a penalty's direction is turned around as well.
+    orientation = 1 if turned else orientation_of(slopes)
+    loss_checks.penalty_checks(reading, named, orientation, bool(slopes) and not scores_of(slopes))
     findings += reading.findings
     notes += reading.notes
     weights: dict[str, set[int]] = {}

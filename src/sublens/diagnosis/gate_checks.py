@@ -5,7 +5,7 @@ frozen weights. Relaxed samples are found as results in (0, 1) with the logits' 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -224,12 +224,17 @@ def _all_gates(opened: bool, seen: str) -> Finding:
 
 def _seen_shut(graph: Graph, uses: list[Use]) -> list[str]:
     """Names whose masked weights an operation kept, all of them zero (and the weights themselves are not)."""
+    shut = {use.name for use, masked in _masked_weights(graph, uses) if not bool(masked.any())}
+    return sorted(shut, key=graph.names.index)
+
+
+def _masked_weights(graph: Graph, uses: list[Use]) -> Iterator[tuple[Use, Tensor]]:
+    """What operations behind the uses kept of their products, as it lies there: the weights' shape, or transposed."""
     parents: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         for edge in edges(node):
             if edge is not None:
                 parents.setdefault(edge[0], []).append(node)
-    shut: list[str] = []
     for use in uses:
         shape, pending = shape_of((use.product, 0)), list(parents.get(use.product, []))
         while pending:
@@ -239,9 +244,48 @@ def _seen_shut(graph: Graph, uses: list[Use]) -> list[str]:
                 continue
             for key in ("mat2", "self", "weight", "other"):
                 kept = saved(node, key)
-                if isinstance(kept, Tensor) and shape in (kept.shape, kept.shape[::-1]) and not bool(kept.any()):
-                    shut.append(use.name)
-    return sorted(set(shut), key=graph.names.index)
+                if isinstance(kept, Tensor) and shape in (kept.shape, kept.shape[::-1]):
+                    yield use, kept.detach()
+
+
+def reversed_gates(
+    graph: Graph, uses: list[Use], slopes: Mapping[str, Tensor], logits: Mapping[str, Tensor]
+) -> list[Finding]:
+    """Gates that open with their samples, and whose gradient says that they shut; or the other way round."""
+    found: list[str] = []
+    for use, masked in _masked_weights(graph, uses):
+        shape = logits[use.name].shape
+        weight = saved(use.product, "self" if edges(use.product)[1] == use.gate else "other")
+        nodes = (node for node in graph.below(use.gate) if kind(node) == "Sigmoid" and shape_of((node, 0)) == shape)
+        sample, slope = next(nodes, None), slopes.get(use.name)
+        if sample is None or slope is None or not isinstance(weight, Tensor) or weight.shape != shape:
+            continue
+        weight, masked = weight.detach(), masked if masked.shape == shape else masked.t()
+        soft, known = saved(sample, "result").detach().double(), (weight != 0) & masked.isfinite()
+        try:
+            (of_sample,) = gradient_at([((sample, 0), 1.0)], [logits[use.name]], device=masked.device)
+        except (RuntimeError, TypeError, AttributeError):
+            continue
+        gate, soft = (masked.double() / weight.double())[known], soft[known]
+        if of_sample is None or gate.numel() < 16 or float(gate.std()) < 0.05 or float(soft.std()) < 1e-3:
+            continue
+        along = float(torch.corrcoef(torch.stack([gate, soft]))[0, 1])
+        told = float(slope.double().sum()) * float(of_sample.double().sum())
+        if abs(along) > 0.5 and along * told < 0:
+            found.append(use.name)
+    if not found:
+        return []
+    return [
+        Finding(
+            "gradient-reversed",
+            f"The gates of {listed(list(dict.fromkeys(found)))} grow with their soft samples, and their gradient says "
+            "that they fall.",
+            "Every step moves the logits against the task and the penalty: needed gates shut, and the penalty opens "
+            "gates. Usually the sign in the straight-through term is turned around.",
+            "The soft sample is added with its gradient, and taken off without:\n"
+            "    gate = hard + soft - soft.detach()",
+        )
+    ]
 
 
 def _sigmoid(logit: float) -> float:
