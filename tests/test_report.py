@@ -299,6 +299,18 @@ def test_the_verdict_stands_on_top(run):
     assert read(run).reused == {"mul": 0.25}
 
 
+def test_what_tasks_never_saw_stands_beside_the_verdict(tmp_path):
+    content = result_with_answers()
+    content["excluded"] = [
+        {"task": "easy", "kind": "held_back", "network": 0.735, "control": 0.65, "mask": 0.27,
+         "random": {"mean": 0.125, "low": 0.0, "high": 0.5}},
+        {"task": "hard", "kind": "left_out", "network": 1.0, "control": 0.5, "mask": 0.0, "random": None},
+    ]  # fmt: skip
+    text = " ".join(page(folder_of(tmp_path / "run", content)).text.split()).replace("\u00a0", " ")
+    assert "easy, held back 73.5 % 65.0 % 27.0 % 12.5 % (0.0 % to 50.0 %)" in text
+    assert "hard, left out 100.0 % 50.0 % 0.0 % \u2013" in text
+
+
 def test_the_sentence_on_training_says_what_was_measured():
     once = [{"step": 60, "kept": 0.699}]
     twice = [{"step": 100, "kept": 0.731}, {"step": 800, "kept": 0.306}]
@@ -425,6 +437,8 @@ def damaged(change: Any) -> dict[str, Any]:
             "does not name its two tasks",
         ),
         (json.dumps(damaged(lambda c: c["verdict"].update(reused={"mul": 1}))), "verdict.reused is an object"),
+        (json.dumps(damaged(lambda c: c.update(excluded={"mul": 1}))), "excluded is an object instead of a list"),
+        (json.dumps(damaged(lambda c: c.update(excluded=[{"task": "a", "kind": "left_out"}]))), "excluded.network is"),
         (
             json.dumps(damaged(lambda c: c["answers"].update(bars={}))),
             "the answer to bars cannot be shown: Answer: lacks",

@@ -73,6 +73,18 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Excluded:
+    """Accuracy on what a task holds back (``"held_back"``) or leaves out (``"left_out"``)."""
+
+    task: str
+    kind: str
+    network: float
+    control: float
+    mask: float
+    chance: Chance | None
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """A finished run.
 
@@ -105,6 +117,7 @@ class RunFolder:
     reused: dict[str, float]
     verdict: dict[str, Verdict]
     history: dict[str, list[Record]]
+    excluded: tuple[Excluded, ...] = ()
 
 
 def refuse_a_run(folder: Path, what: str) -> None:
@@ -147,6 +160,7 @@ def read(folder: Path) -> RunFolder:
             reused=_reused(verdict.get("reused") or []),
             verdict=_verdicts(verdict),
             history=_history(folder / "history.jsonl", list(masks)),
+            excluded=_excluded(result.get("excluded") or []),
         )
     except _Malformed as error:
         raise FileError(f"{path}: {error}; it is damaged, or not a result of sublens.") from None
@@ -281,6 +295,23 @@ def _reused(value: Any) -> dict[str, float]:
         for entry in entries
         if entry.get("share") is not None
     }
+
+
+def _excluded(value: Any) -> tuple[Excluded, ...]:
+    if not isinstance(value, list):
+        raise _Malformed(f"excluded is {_kind(value)} instead of a list")
+    found = []
+    for each in value:
+        entry = _mapping(each, "excluded")
+        drawn = entry.get("random")
+        network, control, mask = (
+            _number(entry.get(name), f"excluded.{name}") for name in ("network", "control", "mask")
+        )
+        chance = None if drawn is None else _chances({"random": drawn}, "excluded")["random"]
+        found.append(
+            Excluded(printable(entry.get("task")), printable(entry.get("kind")), network, control, mask, chance)
+        )
+    return tuple(found)
 
 
 def _printable_throughout(value: Any) -> Any:
