@@ -242,8 +242,8 @@ def times(name: str, budget: float) -> dict[str, float]:
 def peak_bytes(kind: str, name: str) -> int:
     """Peak memory of three steps beyond a process that has only imported everything: median of three processes."""
     command = [sys.executable, __file__, "--peak", kind, "--networks", name]
-    # glibc takes blocks ever larger from its heap, where what is freed stays with the process: the same steps then hold a
-    # half more, or a third, from one process to the next. So blocks go back to the system when they are freed.
+    # glibc takes ever larger blocks from its heap, where what is freed stays with the process: the same steps then hold
+    # a half more, or a third, from one process to the next. So blocks go back to the system when they are freed.
     exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
     outs = [subprocess.run(command, capture_output=True, text=True, check=True, env=exact).stdout for _ in range(3)]
     return statistics.median_low(int(out.split()[-1]) for out in outs)
