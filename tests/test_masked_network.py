@@ -1013,12 +1013,55 @@ def test_rows_that_do_not_follow_the_batch_are_not_averaged_in_silence() -> None
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = nn.LSTM(4, 6)
+            self.layer = nn.Linear(4, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            return cast(Tensor, self.lstm(x)[0][-1])
+            return cast(Tensor, self.layer(x).cumsum(0)[-1])
 
     x = torch.randn(12, 5, 4)  # 12 steps of 5 sequences
     with pytest.warns(UserWarning, match=r"shape \(5, 6\).*give batch_dim=1"):
         sl.MaskedNetwork(Last(), samples=2)(x)
     assert sl.MaskedNetwork(Last(), samples=2, batch_dim=1)(x).shape == (5, 6)
+
+
+class Reader(nn.Module):
+    """A recurrent layer or attention between others, which gives one output for each place."""
+
+    def __init__(self, layer: nn.Module, *, turned: bool = False) -> None:
+        super().__init__()
+        self.embed, self.layer, self.out = nn.Linear(4, 8), layer, nn.Linear(8, 3)
+        self.turned = turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x.transpose(0, 1) if self.turned else x
+        found = self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)[0]
+        y: Tensor = self.out(found.transpose(0, 1) if self.turned else found)
+        return y
+
+
+LAYERS = [
+    lambda first: nn.GRU(8, 8, batch_first=first),
+    lambda first: nn.LSTM(8, 8, batch_first=first),
+    lambda first: nn.MultiheadAttention(8, 2, batch_first=first),
+]
+
+
+@pytest.mark.parametrize("make", LAYERS, ids=["GRU", "LSTM", "attention"])
+def test_a_layer_that_takes_examples_for_a_sequence_is_named(make: Any) -> None:
+    masked = sl.MaskedNetwork(Reader(make(False)), samples=2)
+    with pytest.warns(
+        UserWarning, match="^layer takes the examples of a batch for the steps of a sequence.*batch_dim=1"
+    ):
+        masked(torch.randn(8, 5, 4))
+    assert not masked.network.layer._forward_pre_hooks
+    with pytest.warns(UserWarning, match="^layer takes"):
+        sl.MaskedNetwork(Reader(make(True)), samples=2, batch_dim=1)(torch.randn(5, 8, 4))
+
+
+@pytest.mark.parametrize("make", LAYERS, ids=["GRU", "LSTM", "attention"])
+def test_sequences_along_another_dimension_are_fine(make: Any) -> None:
+    sl.MaskedNetwork(Reader(make(True)), samples=2)(torch.randn(8, 5, 4))  # a warning would be an error
+    sl.MaskedNetwork(Reader(make(False), turned=True), samples=2)(torch.randn(8, 5, 4))
+    sl.MaskedNetwork(Reader(make(False)), samples=2, batch_dim=1)(torch.randn(5, 8, 4))
+    sl.MaskedNetwork(Reader(make(False)), samples=1)(torch.randn(8, 5, 4))

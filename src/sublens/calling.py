@@ -1,7 +1,9 @@
 """Calling a network with other weights, and leaving it as it was."""
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,11 +70,15 @@ class OutputAxes:
         if kind not in self._found:
             other = size - 1 if size > 1 else 2
             # Whatever random numbers the network draws in them: a resumed run makes these calls once more.
+            looks: list[list[_Sequence]] = []
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                first, second = (
-                    call_with(self._network, self._aliases, plain, *batch.part(0, count, copy=True))
-                    for count in (size, other)
-                )
+                outputs = []
+                for count in (size, other):
+                    with _sequences_of(self._network) as seen:
+                        outputs.append(call_with(self._network, self._aliases, plain, *batch.part(0, count, copy=True)))
+                    looks.append(seen)
+            first, second = outputs
+            _warn_of_sequences(*looks)
             self._found[kind] = output_axes(first, size, second, other, batch_leads=self._batch_dim == 0)
         return self._found[kind]
 
@@ -107,3 +113,58 @@ def at_rest(network: nn.Module) -> Iterator[None]:
                     tensors[name] = tensor
         for m, weights, refs in flat:
             m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = weights, refs
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """What a recurrent layer or attention within a network was given: its name there, and the shape."""
+
+    name: str
+    batch_first: bool
+    shape: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.shape[1 if self.batch_first and len(self.shape) == 3 else 0]
+
+    @property
+    def examples(self) -> int | None:
+        return self.shape[0 if self.batch_first else 1] if len(self.shape) == 3 else None
+
+
+@contextmanager
+def _sequences_of(network: nn.Module) -> Iterator[list[_Sequence]]:
+    """A list of what such layers are given until the block ends. (A network that is one itself is told of earlier.)"""
+    seen: list[_Sequence] = []
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = args[0] if args else kwargs.get("input", kwargs.get("query"))
+            if isinstance(given, Tensor) and given.dim() in (2, 3):
+                seen.append(_Sequence(name, bool(module.batch_first), tuple(given.shape)))
+
+        return module.register_forward_pre_hook(note, with_kwargs=True)
+
+    kinds = (nn.RNNBase, nn.MultiheadAttention)
+    watched = [watch(name, module) for name, module in network.named_modules() if name and isinstance(module, kinds)]
+    try:
+        yield seen
+    finally:
+        for handle in watched:
+            handle.remove()
+
+
+def _warn_of_sequences(one: list[_Sequence], other: list[_Sequence]) -> None:
+    """Warn of layers whose sequences became longer, and not more, with the number of examples."""
+    along = [
+        first.name
+        for first, second in zip(one, other, strict=False)
+        if first.name == second.name and first.length != second.length and first.examples == second.examples
+    ]
+    if along:
+        warnings.warn(
+            f"{', '.join(dict.fromkeys(along))} takes the examples of a batch for the steps of a sequence: with fewer"
+            " examples its sequences were shorter. So each sample would be given a part of every sequence. If the layer"
+            " takes the sequence first (batch_first=False), so do the inputs of the network: give batch_dim=1.",
+            stacklevel=6,
+        )
