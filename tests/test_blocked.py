@@ -5,6 +5,7 @@ the square root of n; 2**-24 sqrt(n) times 16, taken of that sum, leaves room fo
 have some ten operations more.
 """
 
+import gc
 import math
 import os
 import subprocess
@@ -335,6 +336,31 @@ def test_memory_of_a_gradient_is_used_again_only_when_nobody_holds_it() -> None:
     assert third.data_ptr() == where
     assert torch.equal(second, 2 * kept)
     assert torch.equal(third, 4 * kept)
+
+
+def test_memory_of_gradients_is_held_up_to_a_limit_and_goes_with_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    before, size = blocked._held_bytes[0], 4 * 512 * 512
+    monkeypatch.setattr(blocked, "_MOST_HELD", before + size)
+    one, other = (nn.Parameter(torch.zeros(512, 512)) for _ in range(2))
+    first = blocked._for_gradient(one)
+    assert blocked._held_bytes[0] == before + size
+    second = blocked._for_gradient(other)
+    assert second.shape == other.shape
+    assert not len(blocked._memory_of[other])
+    assert blocked._held_bytes[0] == before + size
+    first.fill_(1.0)
+    assert blocked._for_gradient(one).data_ptr() != first.data_ptr()  # in use, and no more may be held
+    where = first.data_ptr()
+    del first
+    assert blocked._for_gradient(one).data_ptr() == where
+    del one
+    gc.collect()
+    assert blocked._held_bytes[0] == before
+    held = blocked._for_gradient(other)
+    assert blocked._held_bytes[0] == before + size
+    assert len(blocked._memory_of[other]) == 1
+    assert held.shape == other.shape
 
 
 def test_fused_loops_are_trusted_only_where_they_give_the_reference() -> None:
