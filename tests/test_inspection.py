@@ -338,16 +338,11 @@ def test_without_its_result_a_finished_run_is_asked_anew(finished: Path, tmp_pat
 
 def test_the_verdict_says_in_which_layers_masks_were_compared(finished: Path, tmp_path: Path) -> None:
     result = run(tmp_path / "run", make_study(compared=["3.weight"], random_masks=0))
-    reasons = [verdict["because"] for verdict in result["verdict"].values() if isinstance(verdict, dict)]
-    sharing = [because for because in reasons if "share" in because]
-    assert all(because.endswith("(What masks share is compared in 3.weight only.)") for because in sharing)
-    assert judging._said_of(
-        {"specialize": {"because": "a and b share 0.5 of it."}, "reuse": {"because": "no tasks."}}, ["x", "y"]
-    ) == {
-        "specialize": {"because": "a and b share 0.5 of it. (What masks share is compared in x and y only.)"},
-        "reuse": {"because": "no tasks."},
-    }
-    assert "compared in" not in json.dumps(json.loads((finished / "result.json").read_text())["verdict"])
+    (pair,) = result["verdict"]["pairs"]
+    assert pair["index"] is not None
+    reasons = [result["verdict"][key]["because"] for key in ("specialize", "reuse")]
+    assert all("share in 3.weight " in because for because in reasons if "share" in because)
+    assert "share in" not in json.dumps(json.loads((finished / "result.json").read_text())["verdict"])
 
 
 def test_layers_that_share_their_logits_can_be_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The verdict: the sharing index on masks whose sharing is known, and the rule on every kind of evidence."""
 
+import dataclasses
 import math
 from dataclasses import replace
 from typing import Any
@@ -355,3 +356,11 @@ def test_evidence_is_gathered_from_masks_and_accuracies() -> None:
     assert found[1].own[1] is None  # the network itself does no better than random masks
     assert all(pair.index is not None and math.isfinite(pair.index[0]) for pair in found)
     assert retention(0.3, 0.3, 0.3) is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"), [(None, "share 0.40"), (("x",), "share in x 0.40"), (("x", "y"), "share in x and y 0.40"),
+                         (tuple("wxyz"), "share in 4 of the layers 0.40")]
+)  # fmt: skip
+def test_the_reason_names_the_layers_that_were_compared(layers: tuple[str, ...] | None, said: str) -> None:
+    assert f"a and b {said} (" in judge([dataclasses.replace(GOOD, layers=layers)])["specialize"]["because"]

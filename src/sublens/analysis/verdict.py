@@ -74,6 +74,7 @@ class Evidence:
             as for masks that were not trained by gates.
         able: how far each task's accuracy under its own mask is from random masks' (0) to 1; ``None`` if not known.
         index: sharing index: value, and lower and upper edge; ``None`` if no task of the two was trained twice.
+        layers: names of the layers that the index compares; ``None``: all.
     """
 
     tasks: tuple[str, str]
@@ -83,6 +84,7 @@ class Evidence:
     index: tuple[float, float, float] | None
     unsure: tuple[float | None, float | None] = (None, None)
     able: tuple[float | None, float | None] = (None, None)
+    layers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +189,7 @@ def gather(
                 unsure=((unsure or {}).get(first), (unsure or {}).get(second)),
                 able=(able(first), able(second)),
                 index=sharing_index(masks[first], masks[second], same, layers=layers, seed=seed),
+                layers=None if layers is None else tuple(layers),
             )
         )
     return found
@@ -393,13 +396,16 @@ def _weights(pair: Evidence) -> tuple[str, str]:
     if pair.index is None:
         return "unknown", f"how much {names} share has nothing to be measured by: no task's mask was trained twice"
     index, low, high = pair.index
+    where = ""
+    if pair.layers is not None:
+        where = f" in {' and '.join(pair.layers) if len(pair.layers) <= 3 else f'{len(pair.layers)} of the layers'}"
     text = (
-        f"{names} share {index:.2f} (95 % interval {low:.2f} to {high:.2f}) of what a task shares with itself, trained"
-        " again"
+        f"{names} share{where} {index:.2f} (95 % interval {low:.2f} to {high:.2f}) of what a task shares with itself,"
+        " trained again"
     )
     weights = "same" if low > SAME else "different" if high < SAME else "unknown"
-    where = {"same": "above", "different": "below"}.get(weights, "on both sides of")
-    return weights, f"{text}, {where} {SAME:g}"
+    side = {"same": "above", "different": "below"}.get(weights, "on both sides of")
+    return weights, f"{text}, {side} {SAME:g}"
 
 
 def _percent(left: float) -> str:

@@ -38,18 +38,7 @@ def verdict_on(
         layers=layers,
         seed=seed_from(seed, "verdict") % 2**32,
     )
-    verdict = judge(evidence, [_evidence_of(found, answers, unsure) for found in answers.get("excluded", [])])
-    return verdict if layers is None else _said_of(verdict, layers)
-
-
-def _said_of(verdict: dict[str, Any], layers: list[str]) -> dict[str, Any]:
-    """Say that weights were compared in some layers only, where a reason speaks of them."""
-    for key in ("specialize", "reuse"):
-        because = verdict[key]["because"]
-        if "share" in because:
-            where = " and ".join(layers) if len(layers) <= 3 else f"{len(layers)} of the layers"
-            verdict[key]["because"] = f"{because.rstrip('.')}. (What masks share is compared in {where} only.)"
-    return verdict
+    return judge(evidence, [_evidence_of(found, answers, unsure) for found in answers.get("excluded", [])])
 
 
 def _reused(
