@@ -1065,3 +1065,11 @@ def test_sequences_along_another_dimension_are_fine(make: Any) -> None:
     sl.MaskedNetwork(Reader(make(False), turned=True), samples=2)(torch.randn(8, 5, 4))
     sl.MaskedNetwork(Reader(make(False)), samples=2, batch_dim=1)(torch.randn(5, 8, 4))
     sl.MaskedNetwork(Reader(make(False)), samples=1)(torch.randn(8, 5, 4))
+
+
+def test_of_torchs_own_module_is_told_once() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        sl.MaskedNetwork(layer, samples=2)(torch.randn(8, 5, 8))
+    assert ["takes the sequence first" in str(warning.message) for warning in told] == [True]

@@ -102,6 +102,7 @@ def test_a_masked_network_asks_for_it(make: Any, samples: int, tokens: int, monk
         found = masked(x)
     assert torch.bfloat16 in seen
     found.float().square().mean().backward()
+    # Two or three layers and attention, each rounded to 8 bits (2**-9 of a number) along with its weights.
     assert off(found.float(), expected.detach().double()) < 0.03
     assert all(bool(logit.grad.abs().sum() > 0) for logit in masked.logits.values())
 

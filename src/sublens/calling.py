@@ -132,9 +132,19 @@ class _Sequence:
         return self.shape[0 if self.batch_first else 1] if len(self.shape) == 3 else None
 
 
+_TOLD_OF = (
+    nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
+    nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
+)  # fmt: skip
+
+
 @contextmanager
 def _sequences_of(network: nn.Module) -> Iterator[list[_Sequence]]:
-    """A list of what such layers are given until the block ends. (A network that is one itself is told of earlier.)"""
+    """A list of what such layers are given until the block ends.
+
+    Of torch's own recurrent and Transformer modules that take the sequence first is told when they are masked, so
+    nothing is noted of these.
+    """
     seen: list[_Sequence] = []
 
     def watch(name: str, module: nn.Module) -> Any:
@@ -146,7 +156,8 @@ def _sequences_of(network: nn.Module) -> Iterator[list[_Sequence]]:
         return module.register_forward_pre_hook(note, with_kwargs=True)
 
     kinds = (nn.RNNBase, nn.MultiheadAttention)
-    watched = [watch(name, module) for name, module in network.named_modules() if name and isinstance(module, kinds)]
+    inner = [] if isinstance(network, _TOLD_OF) else list(network.named_modules())
+    watched = [watch(name, module) for name, module in inner if isinstance(module, kinds)]
     try:
         yield seen
     finally:

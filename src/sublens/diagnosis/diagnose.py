@@ -163,7 +163,7 @@ def _read_graph(
     notes += reading.notes
     weights: dict[str, set[int]] = {}
     for use in uses:
-        weights.setdefault(use.name, set()).add(use.weight)
+        weights.setdefault(use.name, set()).add(use.weight.data_ptr())
     edges_of = [use.gate for use in uses], [term.edge for term in reading.task]
     _extend(findings, notes, noise_checks(graph, named, *edges_of, weights))
     _extend(findings, notes, gate_checks(graph, named, uses, slopes))

@@ -24,12 +24,12 @@ _SCORE_SLOPE = 0.3  # a mean slope that no sigmoid of temperature 1 has: the sco
 
 @dataclass(frozen=True)
 class Use:
-    """A place where gates meet weights: ``product`` multiplies ``gate`` by a constant."""
+    """A place where gates meet weights: ``product`` multiplies ``gate`` by a constant, ``weight``."""
 
     name: str
     product: Node
     gate: Edge
-    weight: int  # address of the constant
+    weight: Tensor
 
 
 def uses_of(graph: Graph, logits: Mapping[str, Tensor]) -> list[Use]:
@@ -49,7 +49,7 @@ def uses_of(graph: Graph, logits: Mapping[str, Tensor]) -> list[Use]:
         logit = logits[names[0]]
         constant = saved(node, "self" if operands[1] == live[0] else "other")
         if shape_of(live[0]) == logit.shape and isinstance(constant, Tensor) and constant.numel() >= logit.numel():
-            found.append(Use(names[0], node, live[0], constant.data_ptr()))
+            found.append(Use(names[0], node, live[0], constant.detach()))
             inside.update(graph.below(live[0]))
     return found
 
@@ -255,18 +255,18 @@ def reversed_gates(
     found: list[str] = []
     for use, masked in _masked_weights(graph, uses):
         shape = logits[use.name].shape
-        weight = saved(use.product, "self" if edges(use.product)[1] == use.gate else "other")
         nodes = (node for node in graph.below(use.gate) if kind(node) == "Sigmoid" and shape_of((node, 0)) == shape)
         sample, slope = next(nodes, None), slopes.get(use.name)
-        if sample is None or slope is None or not isinstance(weight, Tensor) or weight.shape != shape:
+        soft = None if sample is None else saved(sample, "result")
+        if sample is None or slope is None or not isinstance(soft, Tensor) or use.weight.shape != shape:
             continue
-        weight, masked = weight.detach(), masked if masked.shape == shape else masked.t()
-        soft, known = saved(sample, "result").detach().double(), (weight != 0) & masked.isfinite()
+        masked = masked if masked.shape == shape else masked.t()
+        soft, known = soft.detach().double(), (use.weight != 0) & masked.isfinite()
         try:
             (of_sample,) = gradient_at([((sample, 0), 1.0)], [logits[use.name]], device=masked.device)
         except (RuntimeError, TypeError, AttributeError):
             continue
-        gate, soft = (masked.double() / weight.double())[known], soft[known]
+        gate, soft = (masked.double() / use.weight.double())[known], soft[known]
         if of_sample is None or gate.numel() < 16 or float(gate.std()) < 0.05 or float(soft.std()) < 1e-3:
             continue
         along = float(torch.corrcoef(torch.stack([gate, soft]))[0, 1])
