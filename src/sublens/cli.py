@@ -103,10 +103,10 @@ def _inspect(
     asked = {"preset": preset, "widths": _whole_numbers(widths)}
     asked = {name: value for name, value in asked.items() if value is not None}
     for name, value in map(_setting, settings or ()):
-        if name in asked or name in ("seed", "steps", "samples", "alpha", "groups", "network", "out"):
-            raise typer.BadParameter(
-                f"--set {name}=...: {name} is set once, and by its own option --{name} if it has one."
-            )
+        if name in ("seed", "steps", "samples", "alpha", "groups", "network", "out"):
+            raise typer.BadParameter(f"--set {name}={value}: {name} has an option of its own. Say --{name} {value}.")
+        if name in asked:
+            raise typer.BadParameter(f"--set {name}=... is given twice ({asked[name]}, {value}). Leave one out.")
         asked[name] = _plain(value)
     chosen = studies.configured(study, asked)
     from sublens.inspection import default_folder, inspect
