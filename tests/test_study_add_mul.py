@@ -298,6 +298,7 @@ def test_an_impossible_study_is_refused_at_construction(changes: dict[str, objec
     ("changes", "message"),
     [
         ({"name": "../x"}, "cannot be the name of a task"),
+        ({"name": 101 * "a"}, "use at most 100 letters"),
         ({"batches": 3}, "batches must be a function or something to iterate over, such as a DataLoader, not a int"),
         ({"metric": 0.5}, "metric must be a function, not a float"),
     ],

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sublens.errors import StudyError
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a study, a task, a mask or a question may be called: it becomes part of file names."""
 
 LARGEST_PICTURE = 512  # rows, and columns

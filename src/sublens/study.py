@@ -36,7 +36,7 @@ class Task:
     """Data, loss and metric: what one mask is trained for and measured on.
 
     Attributes:
-        name: letters, digits, ``.``, ``_`` and ``-``; it names the mask and its file.
+        name: at most 100 letters, digits, ``.``, ``_`` and ``-``; it names the mask and its file.
         batches: ``batches(step) -> batch``, or ``batches(step, seed) -> batch``, or something to iterate over again and
             again, such as a DataLoader. A function must be a pure one, so that a killed run can be resumed to the same
             bits; torch's random numbers are seeded before each call, so it may draw from them. With a parameter called
@@ -410,8 +410,8 @@ _RANGES: tuple[tuple[str, Any, float, bool], ...] = (
 def _check_name(what: str, name: object) -> None:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise StudyError(
-            f"{name!r} cannot be the name of a {what}: it becomes part of file names, so use letters, digits,"
-            " '.', '_' and '-', and start with a letter or a digit."
+            f"{name!r} cannot be the name of a {what}: it becomes part of file names, so use at most 100 letters,"
+            " digits, '.', '_' and '-', and start with a letter or a digit."
         )
 
 
