@@ -457,6 +457,15 @@ class Recurrent(nn.Module):
         return torch.cat([y.flatten(1), h.transpose(0, 1).flatten(1), c.transpose(0, 1).flatten(1)], 1)
 
 
+def under_autocast_or_skipped(network: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """PyTorch's LSTM wants AVX-512 for bfloat16, and for float16 AVX512-FP16, or none of AVX-512."""
+    try:
+        with torch.autocast("cpu", dtype=dtype):
+            network(x)
+    except RuntimeError as error:
+        pytest.skip(f"PyTorch itself cannot do this on this processor: {error}")
+
+
 class OneStep(Recurrent):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, :1])
@@ -904,12 +913,7 @@ def test_under_autocast_whole_batches_give_what_was_asked_for(
     network = make()
     shape = (8, 5, 6) if isinstance(network, Recurrent) else (8, 6)
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
-    try:
-        with torch.autocast("cpu", dtype=dtype):
-            network(x)
-    except RuntimeError as error:  # PyTorch's LSTM in float16 wants AVX512-FP16, or none of AVX-512
-        pytest.skip(f"PyTorch itself cannot do this on this processor: {error}")
-
+    under_autocast_or_skipped(network, x, dtype)
     chunks: list[int] = []
     by_chunk = Routes._by_chunk
     monkeypatch.setattr(Routes, "_by_chunk", lambda *args: (chunks.append(args[1].step), by_chunk(*args))[1])
@@ -944,13 +948,19 @@ def test_under_autocast_whole_batches_give_what_was_asked_for(
         assert 0 < (rounded.float() - exact).norm() / exact.norm() < 5 * torch.finfo(dtype).eps
 
 
-def test_autocast_and_calls_without_it_are_told_apart() -> None:
-    masked, x = sl.MaskedNetwork(Recurrent(batch_first=True), samples=2), torch.randn(4, 5, 6)
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: Recurrent(batch_first=True), (4, 5, 6)), (Residual, (4, 6))],
+    ids=["LSTM", "own forward"],
+)
+def test_autocast_and_calls_without_it_are_told_apart(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    masked, x = sl.MaskedNetwork(make(), samples=2), torch.randn(*shape)
+    under_autocast_or_skipped(masked.network, x, torch.bfloat16)
     masked(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert masked(x).dtype == masked.network(x).dtype
     masked(x)
-    assert len(masked._routes.general) == 3  # without it, under it, and without it to compare
+    assert {torch.bfloat16 in decision for decision in masked._routes.general} == {False, True}
     assert not any(masked._routes.general.values())
 
 
