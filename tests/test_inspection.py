@@ -336,6 +336,54 @@ def test_without_its_result_a_finished_run_is_asked_anew(finished: Path, tmp_pat
     assert contents(again) == contents(finished)
 
 
+def question(value: float) -> Callable[[Asked], Answer]:
+    return lambda asked: Answer(title="How many?", sentence=f"So many: {value}.", numbers={"x": value})
+
+
+def test_questions_can_be_mended_when_everything_is_trained(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, version = tmp_path / "run", "settings.study.file_sha256"
+
+    def asking(value: float, file: str, **arguments: Any) -> dict[str, Any]:
+        study = make_study(questions={"many": question(value)}, random_masks=3, settings={"file_sha256": file})
+        return run(folder, study, resume=True, **arguments)
+
+    shutil.copytree(finished, folder)
+    before = contents(folder)
+    result = asking(0.25, "ab", report=True)
+    assert contents(folder)["config.json"] == before["config.json"]
+    assert {name: before[name] for name in before if "safetensors" in name or name == "history.jsonl"}.items() <= (
+        contents(folder).items()
+    )
+    assert result["settings"]["random_masks"] == 3 and result["answers"]["many"]["numbers"] == {"x": 0.25}
+    assert result["trained_with"] == {"settings.random_masks": 2, "settings.questions": [], version: None}
+    assert "with settings.random_masks = 2" in " ".join((folder / "report.html").read_text("utf-8").split())
+    (told,) = [record.getMessage() for record in caplog.records if "asked anew" in record.getMessage()]
+    assert "file_sha256" in told and "--out" in told
+
+    # The same again has nothing to ask, and another version of the file asks another time.
+    written = contents(folder)["result.json"]
+    asking(0.5, "ab")
+    assert contents(folder)["result.json"] == written
+    assert asking(0.5, "cd")["answers"]["many"]["numbers"] == {"x": 0.5}
+    assert "trained_with" not in run(folder, resume=True)
+    assert contents(folder) == {**before, "report.html": contents(folder)["report.html"]} | {
+        name: content for name, content in contents(folder).items() if name.startswith("figures")
+    }
+
+
+def test_a_run_that_is_not_trained_yet_is_another_one_with_other_questions(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    with pytest.raises(MismatchError, match=r"mask_steps was 60 and is now 70; .*\(--out\)\.$"):
+        run(folder, make_study(random_masks=3), steps=70, resume=True)
+    (folder / "masks" / "high.safetensors").unlink()
+    with pytest.raises(MismatchError, match=r"random_masks was 2 and is now 3.*once everything is trained"):
+        run(folder, make_study(random_masks=3), resume=True)
+    run(folder, resume=True)
+
+
 def test_the_verdict_says_in_which_layers_masks_were_compared(finished: Path, tmp_path: Path) -> None:
     result = run(tmp_path / "run", make_study(compared=["3.weight"], random_masks=0))
     (pair,) = result["verdict"]["pairs"]

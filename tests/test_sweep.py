@@ -218,8 +218,15 @@ def test_a_bad_setting_is_one_line_before_anything_runs(study, capsys, arguments
 
 def test_an_edited_study_is_not_taken_for_the_finished_one(study, capsys):
     assert cli.run(["sweep", study]) == 0
+    trained = {path: path.read_bytes() for path in Path("sweeps").rglob("*.safetensors")}
     Path(study).write_text(STUDY + "\n", encoding="utf-8")
-    assert cli.run(["sweep", study]) == 2
+    # All is trained, so its questions are asked anew, and it says so. (A run on its own is never begun again unasked.)
+    assert cli.run(["sweep", study, "--resume"]) == 0
+    assert "asked anew" in capsys.readouterr().err
+    assert trained == {path: path.read_bytes() for path in Path("sweeps").rglob("*.safetensors")}
+    next(iter(trained)).unlink()
+    Path(study).write_text(STUDY + "\n\n", encoding="utf-8")
+    assert cli.run(["sweep", study, "--resume"]) == 2
     assert "file_sha256" in capsys.readouterr().err
 
 

@@ -243,7 +243,7 @@ def _earlier(folder: Path) -> str:
     try:
         reason = _error_file(folder).read_text(encoding="utf-8").splitlines()[0]
     except (OSError, ValueError, IndexError):
-        return "It was begun and not finished. Resume the sweep (--resume) to go on with it."
+        return "It was begun and not finished, or with other questions. Resume the sweep (--resume) to go on with it."
     return f"It failed before: {reason}"
 
 

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ class Folder:
         path: the folder; it is made if it does not exist.
         config: what the run is made of (JSON values). A run is only resumed with the same.
         resume: whether what is there may be gone on with.
+        answers: the entries of ``config``, such as ``settings.questions``, on which nothing depends that is trained.
+            If only these differ from what the folder holds, it is opened, and ``changed`` is not empty.
+
+    Attributes:
+        changed: entry of ``config`` -> its value in the run that the folder holds, of those that differ.
 
     Raises:
         SettingError: the folder is not empty and ``resume`` is false, or it holds something else than a run.
@@ -62,11 +67,13 @@ class Folder:
         FileError: it cannot be used.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool, answers: Collection[str] = ()) -> None:
         self.path = path
+        self.changed: dict[str, Any] = {}
+        self._differences: list[str] = []
         occupied = is_used(path)
         if occupied:
-            self._check(config, resume)
+            self._check(config, resume, answers)
         try:
             self.masks.mkdir(parents=True, exist_ok=True)
             if not occupied:
@@ -74,7 +81,7 @@ class Folder:
         except OSError as error:
             raise FileError(f"Cannot make the run folder {path}: {error.strerror or error}.") from error
 
-    def _check(self, config: Mapping[str, Any], resume: bool) -> None:
+    def _check(self, config: Mapping[str, Any], resume: bool, answers: Collection[str]) -> None:
         if not resume:
             raise SettingError(
                 f"The folder {self.path} is not empty. Give another folder (--out), or resume the run in it (--resume)."
@@ -85,12 +92,28 @@ class Folder:
                 f"The folder {self.path} holds files but no run of sublens (no config.json)."
                 " Give another folder (--out)."
             )
-        differences = _differences(written, config)
-        if differences:
-            raise MismatchError(
-                f"The run in {self.path} is another one: {'; '.join(differences)}. Resume it with what it was started"
-                " with, or give another folder (--out)."
-            )
+        if not isinstance(written, dict):
+            raise self._another(["its config.json is not that of a run"])
+        differing = dict(_differing(written, config))
+        differences = [f"{key} was {_short(was)} and is now {_short(now)}" for key, (was, now) in differing.items()]
+        if not all(any(f"{key}.".startswith(f"{entry}.") for entry in answers) for key in differing):
+            raise self._another(differences)
+        self._differences = differences
+        self.changed = {key: was for key, (was, _) in differing.items()}
+
+    def refuse_changes(self) -> None:
+        """Raise MismatchError if the run that the folder holds differs in anything."""
+        if self._differences:
+            raise self._another(self._differences)
+
+    def _another(self, differences: list[str]) -> MismatchError:
+        hint = ""
+        if self._differences:
+            hint = " (What only the answers depend on may change once everything is trained.)"
+        return MismatchError(
+            f"The run in {self.path} is another one: {'; '.join(differences)}. Resume it with what it was started"
+            f" with, or give another folder (--out).{hint}"
+        )
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Hold the folder while the run goes on, so that no other process works in it.
@@ -212,17 +235,16 @@ class Folder:
         shutil.rmtree(self.path / "unfinished", ignore_errors=True)
 
 
-def _differences(written: Any, asked: Mapping[str, Any], prefix: str = "") -> list[str]:
-    if not isinstance(written, dict):
-        return ["its config.json is not that of a run"]
-    found = []
+def _differing(
+    written: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Yield the name of each entry that differs, with what was written and what is asked."""
     for key in (*asked, *(key for key in written if key not in asked)):
-        before, now = written.get(key), asked.get(key)
+        name, before, now = f"{prefix}{key}", written.get(key), asked.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now, f"{prefix}{key}.")
+            yield from _differing(before, now, f"{name}.")
         elif before != now:
-            found.append(f"{prefix}{key} was {_short(before)} and is now {_short(now)}")
-    return found
+            yield name, (before, now)
 
 
 def _short(value: object) -> str:

@@ -38,6 +38,11 @@ log = logging.getLogger("sublens.inspection")
 
 CHECKPOINT_EVERY = 1000
 _PACKAGES = ("torch", "numba", "numpy", "safetensors")
+_ANSWERS = tuple(
+    f"settings.{name}"
+    for name in ("questions", "functions", "compared", "first_half", "random_masks", "study.file_sha256")
+)
+"""What may change when everything is trained. Of a study's file that changed, nobody but its author knows in what."""
 
 
 def inspect(
@@ -89,7 +94,7 @@ def inspect(
     path = default_folder(study, seed) if out is None else Path(out)
     if not is_used(path):
         check_study(study, seed, weights)  # before there is a folder that only this very run could go on in
-    folder = Folder(path, config, resume=resume)
+    folder = _opened(study, config, path, resume)
     with folder.held():
         result = _finished(study, config, seed, folder, weights, progress)
         if report:
@@ -104,7 +109,15 @@ def _finished(
 ) -> dict[str, Any]:
     """Return the run's result, made now as far as it or a part of the run is not there."""
     result = cast(dict[str, Any] | None, folder.read_json("result.json"))
-    if result is None or not folder.holds(_parts(study), together=study.together is not None):
+    if not _answered(result, config) or not _is_trained(study, folder):
+        if folder.changed:
+            check_study(study, seed, folder.network if folder.network.exists() else None)
+            log.warning(
+                "sublens: the questions are asked anew of the masks in %s, which were trained with another %s. If more"
+                " changed than the questions (the network, tasks, losses or data), give another folder (--out).",
+                folder.path,
+                ", ".join(folder.changed),
+            )
         networks, masks = _trained(study, seed, folder, weights, progress)
         if unknown := [name for name in masks if name not in folder.keep_probabilities()]:
             log.warning(
@@ -119,9 +132,28 @@ def _finished(
         seconds["total"] = sum(seconds.values())
         rounded = {name: round(value, 2) for name, value in seconds.items()}
         result = {**config, "versions": _versions(), "seconds": rounded, **answers}
+        if folder.changed:
+            result["trained_with"] = folder.changed
         folder.write_json("result.json", result)
     folder.tidy()
-    return result
+    return cast(dict[str, Any], result)
+
+
+def _opened(study: Study, config: dict[str, Any], path: Path, resume: bool) -> Folder:
+    """Open a run's folder. What only its answers depend on may have changed since everything in it was trained."""
+    folder = Folder(path, config, resume=resume, answers=_ANSWERS)
+    if not _is_trained(study, folder):
+        folder.refuse_changes()
+    return folder
+
+
+def _is_trained(study: Study, folder: Folder) -> bool:
+    return folder.holds(_parts(study), together=study.together is not None)
+
+
+def _answered(result: dict[str, Any] | None, config: dict[str, Any]) -> bool:
+    """Return whether this is the result of just this configuration."""
+    return result is not None and all(result.get(key) == value for key, value in config.items())
 
 
 def progress_of(
@@ -143,11 +175,11 @@ def progress_of(
         FileError: a file cannot be read.
     """
     weights = None if network is None else Path(network)
-    _, config = _asked(study, seed, steps, samples, alpha, groups, weights)
+    study, config = _asked(study, seed, steps, samples, alpha, groups, weights)
     path = Path(out)
     if not is_used(path):
         return "new"
-    return "begun" if Folder(path, config, resume=True).read_json("result.json") is None else "finished"
+    return "finished" if _answered(_opened(study, config, path, True).read_json("result.json"), config) else "begun"
 
 
 def _asked(

@@ -4,7 +4,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ class RunFolder:
         reused: task -> its reused share, of tasks that were trained beside frozen weights of earlier ones.
         verdict: on each property of the paper; empty if none was given.
         history: mask's name -> its records, in order of steps.
+        excluded: accuracies of what tasks hold back or leave out.
+        trained_with: setting -> its value when the masks were trained, of those that the questions were asked with
+            another of, later.
     """
 
     study: str
@@ -118,6 +121,7 @@ class RunFolder:
     verdict: dict[str, Verdict]
     history: dict[str, list[Record]]
     excluded: tuple[Excluded, ...] = ()
+    trained_with: dict[str, Any] = field(default_factory=dict)
 
 
 def refuse_a_run(folder: Path, what: str) -> None:
@@ -161,6 +165,7 @@ def read(folder: Path) -> RunFolder:
             verdict=_verdicts(verdict),
             history=_history(folder / "history.jsonl", list(masks)),
             excluded=_excluded(result.get("excluded") or []),
+            trained_with=dict(_items(result.get("trained_with") or {}, "trained_with")),
         )
     except _Malformed as error:
         raise FileError(f"{path}: {error}; it is damaged, or not a result of sublens.") from None
